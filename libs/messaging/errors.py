@@ -1,0 +1,7 @@
+"""Errors of messaging, beside the shared ones."""
+
+from libs.errors import MillraceError
+
+
+class FencedError(MillraceError):
+    """Another instance with the same transactional id has taken over; this one must stop."""

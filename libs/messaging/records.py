@@ -1,0 +1,44 @@
+"""A record as the broker sees it: bytes with headers at a place in a topic."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+class TopicPartition(NamedTuple):
+    """One partition of one topic."""
+
+    topic: str
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record, before it is sent (``offset`` -1) or as it was read.
+
+    ``value`` None is a tombstone: on a compacted topic it deletes the key.
+    """
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = field(default=())
+    partition: int = 0
+    offset: int = -1
+    timestamp_ms: int = -1
+
+    @property
+    def place(self) -> TopicPartition:
+        """The partition it was read from."""
+        return TopicPartition(self.topic, self.partition)
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name as text, or None when it is absent or not UTF-8."""
+        for header, value in self.headers:
+            if header == name and value is not None:
+                try:
+                    return value.decode()
+                except UnicodeDecodeError:
+                    return None
+        return None

@@ -1,0 +1,1 @@
+"""Event contracts: what is said on the log, and nothing else."""

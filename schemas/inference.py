@@ -1,0 +1,58 @@
+"""Tensors and signatures in the terms of the Open Inference Protocol, and the streaming-inference records."""
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from schemas.base import Contract
+
+
+class Datatype(StrEnum):
+    """Element types of the Open Inference Protocol, version 2."""
+
+    BOOL = "BOOL"
+    UINT8 = "UINT8"
+    UINT16 = "UINT16"
+    UINT32 = "UINT32"
+    UINT64 = "UINT64"
+    INT8 = "INT8"
+    INT16 = "INT16"
+    INT32 = "INT32"
+    INT64 = "INT64"
+    FP16 = "FP16"
+    FP32 = "FP32"
+    FP64 = "FP64"
+    BYTES = "BYTES"
+
+
+class TensorSpec(Contract):
+    """Name, element type and shape of one tensor; -1 stands for a dimension of any size (the first is the batch)."""
+
+    name: str = Field(min_length=1, max_length=256)
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+
+class Signature(Contract):
+    """What a model version takes and gives.
+
+    ``outputs[0]`` is the default answer: the one a request gets that names no outputs.
+    ``feature_names`` are the columns of the single two-dimensional input, if the model was trained with names.
+    """
+
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    feature_names: tuple[str, ...] | None = None
+
+
+class InferenceResult(Contract):
+    """One record of ``millrace.inference.<endpoint>.results``: exactly one of ``predictions`` and ``error`` is set."""
+
+    request_id: str
+    endpoint_name: str
+    status: str = Field(pattern="^(completed|failed)$")
+    model_name: str | None = None
+    model_version: int | None = None
+    predictions: list[Any] | None = None
+    error: str | None = None
