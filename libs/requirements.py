@@ -98,9 +98,7 @@ def _parse_line(number: int, line: str) -> Requirement:
     try:
         parsed = _Pep508Requirement(line)
     except InvalidRequirement as error:
-        raise InvalidRequirementsError(
-            f"Line {number} of the requirements, {shown!r}, is not a requirement such as 'numpy>=2'."
-        ) from error
+        raise InvalidRequirementsError(f"Line {number} of the requirements, {shown!r}, is not a requirement such as 'numpy>=2'.") from error
     if parsed.url:
         raise InvalidRequirementsError(
             f"Line {number} of the requirements, {shown!r}, points to a URL; name a package and a version instead."

@@ -19,7 +19,9 @@ class KafkaSettings(BaseSettings):
         "Two instances of one service need two names.",
     )
     request_timeout_ms: int = Field(30_000, ge=1_000, description="Longest wait for one request to the broker, in milliseconds.")
-    session_timeout_ms: int = Field(10_000, ge=6_000, description="A consumer silent for so long loses its place in the group, in milliseconds.")
+    session_timeout_ms: int = Field(
+        10_000, ge=6_000, description="A consumer silent for so long loses its place in the group, in milliseconds."
+    )
 
 
 class ArtifactSettings(BaseSettings):

@@ -7,7 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 NAME_PATTERN = r"^[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?$"
 ALIAS_PATTERN = r"^[a-z](?:[A-Za-z0-9-]{0,126}[a-z0-9])?$"
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN, description="1 to 63 letters, digits, '-' or '_'; starts and ends with a letter or digit.")]
+Name = Annotated[
+    str, Field(pattern=NAME_PATTERN, description="1 to 63 letters, digits, '-' or '_'; starts and ends with a letter or digit.")
+]
 Alias = Annotated[
     str, Field(pattern=ALIAS_PATTERN, description="Starts with a lower-case letter, so it is never mistaken for a version number.")
 ]

@@ -442,7 +442,9 @@ class DeploymentSnapshot(Payload):
     reason: str | None = None
     stage_times: dict[str, datetime] = Field(default_factory=dict)
     correlation_id: str | None = None
-    traceparent: str | None = Field(default=None, description="Trace context of the deploy command, so that serving's work joins its trace.")
+    traceparent: str | None = Field(
+        default=None, description="Trace context of the deploy command, so that serving's work joins its trace."
+    )
     created_at: datetime
     updated_at: datetime
 

@@ -115,9 +115,7 @@ INFERENCE_PARTITIONS = 4
 
 def inference_requests(endpoint_name: str) -> Topic:
     """Streaming inference in: one record per request, keyed by request id."""
-    return Topic(
-        f"millrace.inference.{endpoint_name}.requests", "request id", (), ("anyone",), ("serving",), INFERENCE_PARTITIONS
-    )
+    return Topic(f"millrace.inference.{endpoint_name}.requests", "request id", (), ("anyone",), ("serving",), INFERENCE_PARTITIONS)
 
 
 def inference_results(endpoint_name: str) -> Topic:

@@ -11,7 +11,7 @@ Offsets = Mapping[TopicPartition, int]
 
 
 class Producer(Protocol):
-    """Writes records; ``start`` before use, ``stop`` flushes."""
+    """Writes records; ``start`` before use, ``stop`` flushes. After a TransientError it can be used again."""
 
     async def start(self) -> None: ...
 
@@ -25,7 +25,7 @@ class Producer(Protocol):
         TransientError
             When the broker cannot be reached in time; some of the records may have been written.
         PayloadTooLargeError
-            When a record is larger than the broker takes.
+            When a record is larger than ``records.MAX_RECORD_BYTES``; none of them has been written.
         """
         ...
 

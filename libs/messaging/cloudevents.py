@@ -63,10 +63,10 @@ def new_event(data: P, source: str, *, now: datetime, event_id: str | None = Non
     return Event(identity, data.event_type, source, now, data, identity, traceparent=telemetry.current_traceparent())
 
 
-def caused_event(data: P, cause: Event[Any], source: str, *, now: datetime) -> Event[P]:
-    """An event that another one led to."""
+def caused_event(data: P, cause: Event[Any], source: str, *, now: datetime, ordinal: int = 0) -> Event[P]:
+    """An event that another one led to; ``ordinal`` tells apart several of one type and entity."""
     return Event(
-        derived_id(cause.id, data.event_type, data.entity),
+        derived_id(cause.id, data.event_type, f"{data.entity}#{ordinal}" if ordinal else data.entity),
         data.event_type,
         source,
         now,
@@ -134,16 +134,15 @@ def read_envelope(record: Record) -> Envelope:
 
 
 def _structured(record: Record) -> Envelope:
-    assert record.value is not None
     try:
-        body = orjson.loads(record.value)
+        body = orjson.loads(record.value or b"")
     except orjson.JSONDecodeError as error:
         raise InvalidMessage(f"the record has no ce_ headers and its value is not JSON: {error}") from error
     if not isinstance(body, dict) or "specversion" not in body:
         raise InvalidMessage("the record is not a CloudEvent: it has no ce_ headers and its value has no specversion")
     if "data_base64" in body:
         raise InvalidMessage("a structured CloudEvent must carry its data as JSON, not as data_base64")
-    attributes = {name: value for name, value in body.items() if isinstance(value, str) and name != "data"}
+    attributes: dict[str, str | None] = {name: value for name, value in body.items() if isinstance(value, str) and name != "data"}
     return _envelope(attributes, orjson.dumps(body.get("data")), attributes.get("traceparent") or record.header("traceparent"))
 
 

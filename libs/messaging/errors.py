@@ -5,3 +5,7 @@ from libs.errors import MillraceError
 
 class FencedError(MillraceError):
     """Another instance with the same transactional id has taken over; this one must stop."""
+
+
+class StoppingError(Exception):
+    """The process is stopping, so what was begun is left undone: its offset stays uncommitted. Not an error of the platform."""

@@ -101,7 +101,8 @@ class MemoryProducer:
             self._pending = None
 
     async def send_offsets(self, offsets: Offsets, group: str) -> None:
-        assert self._pending is not None, "send_offsets belongs inside a transaction"
+        if self._pending is None:
+            raise RuntimeError("send_offsets belongs inside a transaction")
         self._pending[1].append((group, offsets))
 
 

@@ -5,6 +5,15 @@ from typing import NamedTuple
 
 Headers = tuple[tuple[str, bytes], ...]
 
+MAX_RECORD_BYTES = 1_048_576
+"""Largest record, counted as ``Record.size_bytes`` does; a Kafka broker accepts 12 bytes more by default (``message.max.bytes``)."""
+
+_RECORD_OVERHEAD_BYTES = 100
+"""Record batch header (61 bytes), record header (at most 21 bytes) and some room."""
+
+_HEADER_OVERHEAD_BYTES = 10
+"""Two variable-length sizes."""
+
 
 class TopicPartition(NamedTuple):
     """One partition of one topic."""
@@ -32,6 +41,12 @@ class Record:
     def place(self) -> TopicPartition:
         """The partition it was read from."""
         return TopicPartition(self.topic, self.partition)
+
+    @property
+    def size_bytes(self) -> int:
+        """Upper bound of what it takes in the log, alone in its batch."""
+        headers = sum(len(name.encode()) + len(value or b"") + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
+        return len(self.key or b"") + len(self.value or b"") + headers + _RECORD_OVERHEAD_BYTES
 
     def header(self, name: str) -> str | None:
         """The first header of that name as text, or None when it is absent or not UTF-8."""

@@ -1,0 +1,1 @@
+"""Figures: each module prints one table; ``python -m benchmarks`` prints them all."""

@@ -1,0 +1,45 @@
+"""What a command can fail with; each message is the one sentence the user reads.
+
+MillraceError
+├── UsageError            the command line makes no sense · exit 2
+├── PlatformUnreachable   nobody answers at the gateway's address
+├── RequestRefused        the gateway said no, and why
+├── StageFailed           a version or deployment came to a bad end
+└── WaitTimeout           it may still happen, but we stopped waiting
+"""
+
+from typing import ClassVar
+
+from libs.errors import MillraceError
+
+
+class CommandError(MillraceError):
+    """A command did not do what was asked; ``exit_code`` is what the shell sees."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(CommandError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class PlatformUnreachable(CommandError):
+    """Nobody answers at the gateway's address."""
+
+
+class RequestRefused(CommandError):
+    """The gateway said no; ``status`` is the HTTP status, the message its sentence."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StageFailed(CommandError):
+    """A version or a deployment came to a bad end."""
+
+
+class WaitTimeout(CommandError):
+    """What was waited for may still happen, but we stopped waiting."""

@@ -1,0 +1,203 @@
+"""``millrace models``: upload a file, see what became of it, name its versions."""
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from libs.cli import output, references
+from libs.cli.errors import CommandError, UsageError
+from libs.cli.session import Session, open_session
+
+if TYPE_CHECKING:
+    from libs.cli.client import Json
+
+app = typer.Typer(help="Upload models, list and name their versions.", rich_markup_mode=None, no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def upload(
+    path: Annotated[Path, typer.Argument(help="The model's file.")],
+    name: Annotated[str, typer.Option("--name", help="Model to add a version to; it is made if it does not exist.")],
+    artifact_format: Annotated[str | None, typer.Option("--format", help="sklearn or onnx; else decided by content.")] = None,
+    requirements: Annotated[Path | None, typer.Option("--requirements", help="requirements.txt; else inferred from the file.")] = None,
+    example: Annotated[Path | None, typer.Option("--example", help="A request (JSON) that the model must be able to answer.")] = None,
+    alias: Annotated[list[str] | None, typer.Option("--alias", help="Alias for the new version.")] = None,
+    description: Annotated[str, typer.Option("--description", help="A sentence about this version.")] = "",
+    label: Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE; may be repeated.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the version is validated, showing each stage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a file as the next version of a model."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    body: dict[str, Any] = {
+        "format": artifact_format,
+        "requirements": requirement_lines(requirements) if requirements else None,
+        "example": read_json(example) if example else None,
+        "aliases": alias or None,
+        "description": description or None,
+        "labels": references.labels(label) if label else None,
+    }
+    with open_session("models upload") as session:
+        view, is_new = upload_version(session, path, name, {key: value for key, value in body.items() if value is not None}, wait=wait)
+        if as_json:
+            output.show_json({**view, "trace_id": session.trace_id})
+            return
+        existed = "" if is_new else " (the same content was uploaded before)"
+        output.say(f"{name}@{view['version']} is {view.get('status', 'registered')}{existed}")
+        if wait:
+            output.note(f"trace {session.trace_id}")
+
+
+def upload_version(session: Session, path: Path, name: str, body: "Json", *, wait: bool) -> tuple["Json", bool]:
+    """Upload and register a file, reporting progress; the version's view, and whether it is new."""
+    from libs.cli.stages import VERSION_TIMEOUT_S, EventFeed, VersionStory, follow
+
+    client = session.client
+    started = time.monotonic()
+    with output.upload_progress(path.name, path.stat().st_size) as on_bytes:
+        artifact = client.upload_artifact(path, on_bytes)
+    if wait:
+        output.stage(f"uploaded {output.size(artifact['size_bytes'])}", time.monotonic() - started)
+    since = datetime.now(UTC)
+    if not wait:
+        return client.register_version(name, {"artifact": artifact, **body})
+    with EventFeed(client, name) as feed:
+        view, is_new = client.register_version(name, {"artifact": artifact, **body})
+        story = VersionStory(client, name, int(view["version"]))
+        return follow(story, feed, output.stage, view, since=since if is_new else _long_ago(view), timeout_s=VERSION_TIMEOUT_S), is_new
+
+
+@app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """List all models."""
+    with open_session("models list") as session:
+        models = session.client.models()
+    if as_json:
+        output.show_json({"models": models})
+        return
+    rows = [(model["model_name"], model["latest_version"], model.get("aliases"), output.local_time(model["updated_at"])) for model in models]
+    output.table(("model", "latest", "aliases", "updated"), rows)
+
+
+@app.command()
+def show(
+    reference: Annotated[str, typer.Argument(metavar="NAME[@VERSION|:ALIAS]", help="A model, or one of its versions.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a model with its versions, or one version with all that is known of it."""
+    wanted = references.model_reference(reference)
+    with open_session("models show") as session:
+        if wanted.version is None and wanted.alias is None:
+            model, versions = session.client.model(wanted.name), session.client.versions(wanted.name)
+            if as_json:
+                output.show_json({**model, "versions": versions})
+            else:
+                _show_model(model, versions)
+            return
+        version = session.client.version(wanted.name, wanted.version or str(wanted.alias))
+    if as_json:
+        output.show_json(version)
+    else:
+        _show_version(version)
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The model.")],
+    assignment: Annotated[str, typer.Argument(metavar="ALIAS=VERSION", help="For example champion=2.")],
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias at a version."""
+    name_of_alias, version = references.alias_assignment(assignment)
+    with open_session("models alias") as session:
+        answer = session.client.set_alias(name, name_of_alias, version)
+    if as_json:
+        output.show_json(answer)
+    else:
+        output.say(f"{name}:{name_of_alias} is {name}@{version} now")
+
+
+@app.command()
+def archive(
+    reference: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version to take out of use.")],
+    as_json: AsJson = False,
+) -> None:
+    """Take a version out of use; refused while it is deployed."""
+    name, version = references.version_reference(reference)
+    with open_session("models archive") as session:
+        answer = session.client.archive_version(name, version)
+    if as_json:
+        output.show_json(answer)
+    else:
+        output.say(f"{name}@{version} is archived")
+
+
+def requirement_lines(path: Path) -> list[str]:
+    """The requirements in a file, without comments and empty lines."""
+    lines = (line.split(" #")[0].strip() for line in _read(path).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file."""
+    try:
+        return json.loads(_read(path))
+    except ValueError as error:
+        raise CommandError(f"{path} is not JSON: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} cannot be read: {error}") from error
+
+
+def _long_ago(view: "Json") -> datetime:
+    return datetime.fromisoformat(str(view.get("created_at") or datetime.now(UTC).isoformat()))
+
+
+def _show_model(model: "Json", versions: "list[Json]") -> None:
+    output.fields({"model": model["model_name"], "aliases": model.get("aliases"), "created": output.local_time(model["created_at"])})
+    output.say()
+    rows = [
+        (version["version"], version["status"], version.get("format"), version.get("aliases"), output.local_time(version["created_at"]), version.get("reason"))
+        for version in versions
+    ]
+    output.table(("version", "status", "format", "aliases", "created", "reason"), rows)
+
+
+def _show_version(version: "Json") -> None:
+    artifact = version["spec"]["artifact"]
+    signature = version.get("signature") or {}
+    output.fields(
+        {
+            "version": f"{version['model_name']}@{version['version']}",
+            "status": version["status"],
+            "reason": version.get("reason"),
+            "aliases": version.get("aliases"),
+            "format": version.get("format"),
+            "artifact": f"{artifact['filename']}, {output.size(artifact['size_bytes'])}, sha256 {artifact['sha256']}",
+            "description": version["spec"].get("description"),
+            "labels": version["spec"].get("labels"),
+            "requirements": version.get("requirements"),
+            "environment": (version.get("environment") or {}).get("environment_id"),
+            "inputs": [_tensor(tensor) for tensor in signature.get("inputs", [])],
+            "outputs": [_tensor(tensor) for tensor in signature.get("outputs", [])],
+            "measured": version.get("measurements"),
+            "created": output.local_time(version["created_at"]),
+        }
+    )
+    for finding in version.get("findings") or []:
+        output.say(f"{finding['severity']}: {finding['message']} ({finding['rule']})")
+
+
+def _tensor(tensor: "Json") -> str:
+    return f"{tensor['name']} {tensor['datatype']}{tensor['shape']}"

@@ -1,0 +1,244 @@
+"""Watching a version become validated, or a deployment become ready, stage by stage."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Protocol
+
+from libs.cli.client import Client, Json
+from libs.cli.errors import StageFailed, WaitTimeout
+from libs.errors import MillraceError
+from schemas.environment import VersionBuildFailed, VersionBuilt
+from schemas.registry import DeploymentRequested, DeploymentStatus, VersionRegistered, VersionStatus
+from schemas.serving import DeploymentFailed, DeploymentReady
+from schemas.validation import VersionInspected, VersionRejected, VersionValidated
+
+Report = Callable[[str, float], None]
+"""Told each stage as it is reached, with the seconds that passed since the one before."""
+
+VERSION_TIMEOUT_S = 900.0
+"""Longest wait for a version: the builder may have to download a few gigabytes of packages."""
+
+DEPLOYMENT_TIMEOUT_S = 300.0
+REFRESH_S = 1.0
+"""How long the event stream may be silent before the state is asked for, in case an event was missed."""
+
+SETTLE_S = 0.05
+"""The same, once the last event was seen and only the gateway's own view of it is outstanding."""
+
+SUBSCRIBE_TIMEOUT_S = 5.0
+
+_VERSION_STAGES: Mapping[str, str] = {
+    VersionRegistered.event_type: VersionStatus.REGISTERED,
+    VersionInspected.event_type: VersionStatus.INSPECTED,
+    VersionBuilt.event_type: VersionStatus.BUILT,
+    VersionValidated.event_type: VersionStatus.VALIDATED,
+    VersionRejected.event_type: VersionStatus.REJECTED,
+    VersionBuildFailed.event_type: VersionStatus.BUILD_FAILED,
+}
+_VERSION_ENDS = {VersionStatus.REJECTED, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED}
+
+DEPLOYED = "deployed"
+_DEPLOYMENT_STAGES: Mapping[str, str] = {
+    DeploymentRequested.event_type: DEPLOYED,
+    DeploymentReady.event_type: DeploymentStatus.READY,
+    DeploymentFailed.event_type: DeploymentStatus.FAILED,
+}
+
+
+class Story(Protocol):
+    """Something whose stages are watched, through its events and through the gateway's view of it."""
+
+    name: str
+
+    def stage(self, event: Json) -> str | None:
+        """The stage that an event says was reached; None when the event is about something else."""
+        ...
+
+    def reached(self, view: Json) -> dict[str, datetime]:
+        """Every stage that a view says was reached, and when."""
+        ...
+
+    def view(self) -> Json:
+        """The gateway's view now."""
+        ...
+
+    def ended(self, view: Json) -> bool:
+        """Whether the good end is reached; raises ``StageFailed`` when a bad one is."""
+        ...
+
+
+class VersionStory:
+    """A version on its way from registered to validated."""
+
+    def __init__(self, client: Client, model: str, version: int) -> None:
+        self.name = f"{model}@{version}"
+        self._client = client
+        self._model = model
+        self._version = version
+
+    def stage(self, event: Json) -> str | None:
+        data = event.get("data") or {}
+        if (data.get("model_name"), data.get("version")) != (self._model, self._version):
+            return None
+        return _VERSION_STAGES.get(event["type"])
+
+    def reached(self, view: Json) -> dict[str, datetime]:
+        return _times(view, {stage: stage for stage in _VERSION_STAGES.values()})
+
+    def view(self) -> Json:
+        return self._client.version(self._model, self._version)
+
+    def ended(self, view: Json) -> bool:
+        status = view.get("status")
+        if status in _VERSION_ENDS:
+            raise StageFailed(_sentence(f"{self.name} is {str(status).replace('_', ' ')}", view.get("reason")))
+        return status == VersionStatus.VALIDATED
+
+
+class DeploymentStory:
+    """A deployment on its way to ready and to the traffic it was promised."""
+
+    def __init__(self, client: Client, endpoint: str, deployment_id: str, generation: int) -> None:
+        self.name = deployment_id
+        self._client = client
+        self._endpoint = endpoint
+        self._generation = generation
+
+    def stage(self, event: Json) -> str | None:
+        data = event.get("data") or {}
+        if data.get("deployment_id") != self.name or int(data.get("generation") or 0) < self._generation:
+            return None
+        return _DEPLOYMENT_STAGES.get(event["type"])
+
+    def reached(self, view: Json) -> dict[str, datetime]:
+        names = {DeploymentStatus.PENDING: DEPLOYED, DeploymentStatus.READY: "ready", DeploymentStatus.FAILED: "failed"}
+        return _times(view, {str(status): stage for status, stage in names.items()})
+
+    def view(self) -> Json:
+        deployments = self._client.endpoint(self._endpoint)["deployments"]
+        for deployment in deployments:
+            if deployment["deployment_id"] == self.name:
+                return dict(deployment)
+        raise StageFailed(f"deployment {self.name} was removed before it was ready")
+
+    def ended(self, view: Json) -> bool:
+        status = view.get("status")
+        if status == DeploymentStatus.FAILED:
+            raise StageFailed(_sentence(f"deployment {self.name} failed", view.get("reason")))
+        if status == DeploymentStatus.REMOVING:
+            raise StageFailed(f"deployment {self.name} was removed before it was ready")
+        return status == DeploymentStatus.READY and view.get("pending_traffic_percent") is None
+
+
+class EventFeed:
+    """The gateway's events of one entity, read by a thread of its own; subscribed once the block begins.
+
+    The stream is a convenience, the state is the truth: when the stream cannot be had or breaks, ``next`` stays silent and whoever
+    waits asks for the state.
+    """
+
+    def __init__(self, client: Client, entity: str) -> None:
+        self._client = client
+        self._entity = entity
+        self._events: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self._subscribed = threading.Event()
+
+    def __enter__(self) -> "EventFeed":
+        threading.Thread(target=self._read, name="events", daemon=True).start()
+        self._subscribed.wait(SUBSCRIBE_TIMEOUT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to do: the thread ends with the client's connection or with the process."""
+
+    def next(self, timeout_s: float) -> Json | None:
+        """The next event, or None when there was none for ``timeout_s`` seconds."""
+        try:
+            return self._events.get(timeout=max(timeout_s, 0.001))
+        except queue.Empty:
+            return None
+
+    def _read(self) -> None:
+        try:
+            with self._client.follow_events(entity=self._entity) as events:
+                self._subscribed.set()
+                for event in events:
+                    self._events.put(event)
+        except (MillraceError, RuntimeError):
+            # RuntimeError: httpx, when the client was closed under the stream.
+            return
+        finally:
+            self._subscribed.set()
+
+
+def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since: datetime, timeout_s: float) -> Json:
+    """Report each stage as its event arrives until the story has ended; the last view of it.
+
+    Parameters
+    ----------
+    first
+        The view to begin with: what the command was answered.
+    since
+        When the command was given; the time of the first stage is counted from here.
+
+    Raises
+    ------
+    StageFailed
+        When it came to a bad end.
+    WaitTimeout
+        When it took longer than ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    stages = _Stages(report, since)
+    view = first
+    last_seen = False
+    while True:
+        for stage, moment in sorted(story.reached(view).items(), key=lambda item: item[1]):
+            stages.reach(stage, moment)
+        if story.ended(view):
+            return view
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise WaitTimeout(f"{story.name} is still {view.get('status')} after {timeout_s:.0f} s; it goes on without us")
+        event = feed.next(min(SETTLE_S if last_seen else REFRESH_S, left_s))
+        stage = story.stage(event) if event else None
+        if event and stage:
+            stages.reach(stage, _moment(event.get("time")))
+            last_seen = stage in (VersionStatus.VALIDATED, DeploymentStatus.READY) or stage in _VERSION_ENDS
+        view = story.view()
+
+
+class _Stages:
+    """Says each stage once, with the time since the one before."""
+
+    def __init__(self, report: Report, since: datetime) -> None:
+        self._report = report
+        self._previous = since
+        self._said: set[str] = set()
+
+    def reach(self, stage: str, moment: datetime) -> None:
+        if stage in self._said:
+            return
+        self._said.add(stage)
+        self._report(stage, max((moment - self._previous).total_seconds(), 0.0))
+        self._previous = max(moment, self._previous)
+
+
+def _times(view: Json, names: Mapping[str, str]) -> dict[str, datetime]:
+    times = view.get("stage_times") or {}
+    return {names[status]: _moment(text) for status, text in times.items() if status in names}
+
+
+def _moment(text: object) -> datetime:
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError:
+        return datetime.now(UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _sentence(beginning: str, reason: object) -> str:
+    return f"{beginning}: {reason}" if reason else beginning

@@ -1,0 +1,42 @@
+"""What can go wrong between a request's body and a model's answer.
+
+MillraceError
+├── InvalidArgumentError
+│   └── InvalidInputError    the request does not fit the model · 400
+├── TransientError
+│   └── RunnerGoneError      no runner at the address, or it went away before it answered · 503
+├── ModelError               the model raised on a valid request · 500
+└── RunnerStartError         the runner did not become ready
+"""
+
+from libs.errors import InvalidArgumentError, MillraceError, TransientError
+
+
+class InvalidInputError(InvalidArgumentError):
+    """The request does not fit the model; the message names the field, what is expected and what came."""
+
+
+class RunnerGoneError(TransientError):
+    """No runner at the address, or it went away before it answered; another one may answer."""
+
+
+class ModelError(MillraceError):
+    """The model raised on a valid request; the message has the type and text of what it raised."""
+
+
+class RunnerStartError(MillraceError):
+    """The runner did not become ready.
+
+    Attributes
+    ----------
+    kind
+        ``missing_module``, ``missing_name``, ``forbidden``, ``memory``, ``not_a_model``, ``unknown_format``, ``load_failed``, ``cage``,
+        ``timeout``, ``exited`` or ``not_started``.
+    module
+        The module that is missing, for ``missing_module``.
+    """
+
+    def __init__(self, message: str, kind: str = "load_failed", module: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.module = module

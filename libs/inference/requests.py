@@ -1,0 +1,54 @@
+"""Requests and responses in memory: named arrays, whatever the form they came in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from libs.runner.wire import Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """A request that fits a signature.
+
+    Attributes
+    ----------
+    inputs
+        One array per input of the signature, in its datatype and shape; ``BYTES`` are object arrays of ``bytes``.
+    outputs
+        Names of the outputs asked for; ``None`` is the default answer, the signature's first output.
+    id
+        The caller's own id (V2), to be echoed.
+    parameters
+        The caller's parameters, uninterpreted.
+    binary_data_output, binary_data
+        Whether outputs go back as raw bytes (V2's binary extension): for all, and for single outputs.
+    """
+
+    inputs: Arrays
+    outputs: tuple[str, ...] | None = None
+    id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    binary_data_output: bool = False
+    binary_data: Mapping[str, bool] = field(default_factory=dict)
+
+    def wants_binary(self, output: str) -> bool:
+        """Tell whether this output goes back as raw bytes."""
+        return self.binary_data.get(output, self.binary_data_output)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The runner's own span: started by the runner, exported by whoever asked."""
+
+    span_id: str
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class InferResponse:
+    """A model's answer: named arrays in the order asked for."""
+
+    outputs: Arrays
+    span: Span | None = None

@@ -1,0 +1,174 @@
+"""The V1 form (TensorFlow Serving, KServe): ``{"instances": […]}`` in, ``{"predictions": […]}`` out.
+
+Instances are rows, or objects keyed by feature name or by input name; ``inputs`` takes whole tensors instead, as TensorFlow Serving
+does. ``"outputs": ["predict_proba"]``, at the top or in ``parameters``, asks for other outputs than the first.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
+from libs.inference.errors import InvalidInputError
+from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
+from schemas.inference import Signature, TensorSpec
+
+
+def parse(body: bytes | bytearray | memoryview, signature: Signature) -> InferRequest:
+    """Read a V1 body.
+
+    Raises
+    ------
+    InvalidInputError
+        The body is malformed or does not fit the signature.
+    """
+    return from_document(parse_object(body), signature)
+
+
+def from_document(document: Mapping[str, Any], signature: Signature) -> InferRequest:
+    """Read a V1 body that is parsed already.
+
+    Raises
+    ------
+    InvalidInputError
+        The body is malformed or does not fit the signature.
+    """
+    parameters = object_or_empty(document.get("parameters"), "parameters")
+    outputs = requested_outputs(document.get("outputs", parameters.get("outputs")), signature)
+    has_instances, has_inputs = "instances" in document, "inputs" in document
+    if has_instances == has_inputs:
+        raise InvalidInputError("the request needs exactly one of 'instances' and 'inputs'")
+    inputs = _from_instances(document["instances"], signature) if has_instances else _from_columns(document["inputs"], signature)
+    return InferRequest(inputs, outputs, parameters=parameters)
+
+
+def _from_instances(instances: Any, signature: Signature) -> dict[str, Array]:
+    if not isinstance(instances, list) or not instances:
+        raise InvalidInputError("'instances' must be a non-empty list")
+    first = instances[0]
+    if isinstance(first, dict) and list(first) != ["b64"]:
+        return _from_objects(instances, signature)
+    if len(signature.inputs) > 1:
+        raise InvalidInputError(f"each instance must be an object with the inputs {_names(signature)}")
+    spec = signature.inputs[0]
+    return {spec.name: _rows(instances, spec, "instances")}
+
+
+def _rows(values: list[Any], spec: TensorSpec, field: str) -> Array:
+    """Return rows as an array; a wrong row is looked for only once something is wrong."""
+    try:
+        array = array_from_json(values, spec.datatype, f"input '{spec.name}'")
+    except InvalidInputError:
+        _explain_rows(values, spec, field)
+        raise
+    if array.ndim == len(spec.shape) - 1 and spec.shape[-1] == 1:
+        array = array[..., None]
+    if not has_shape(array.shape, spec.shape):
+        _explain_rows(values, spec, field)
+    return check_shape(array, spec)
+
+
+def _explain_rows(values: list[Any], spec: TensorSpec, field: str) -> None:
+    """Raise for the first row whose shape is not the signature's, if there is one."""
+    wanted = spec.shape[1:]
+    for index, row in enumerate(values):
+        shape = nested_shape(row)
+        if shape is None or not has_shape(shape, wanted):
+            raise InvalidInputError(f"input '{spec.name}' expects {_expected(spec)}; {field}[{index}] {_got(row, shape, wanted)}")
+
+
+def _expected(spec: TensorSpec) -> str:
+    elements = "strings" if spec.datatype == "BYTES" else "numbers"
+    wanted = spec.shape[1:]
+    if not wanted:
+        return f"one of {elements} per row" if elements == "strings" else "one number per row"
+    if len(wanted) > 1:
+        return f"rows of shape {list(wanted)}"
+    return f"rows of {elements}" if wanted[0] < 0 else f"rows of {wanted[0]} {elements}"
+
+
+def _got(row: Any, shape: tuple[int, ...] | None, wanted: tuple[int, ...]) -> str:
+    if shape is None:
+        return "has parts of different lengths"
+    if len(shape) == 1 and len(wanted) == 1:
+        return f"has {shape[0]}"
+    return f"has shape {list(shape)}" if len(shape) > 1 else f"is {show(row)}"
+
+
+def _names(signature: Signature) -> str:
+    return ", ".join(spec.name for spec in signature.inputs)
+
+
+def _from_objects(instances: list[Any], signature: Signature) -> dict[str, Array]:
+    for index, row in enumerate(instances):
+        if not isinstance(row, dict):
+            raise InvalidInputError(f"instances[0] is an object, so instances[{index}] must be one too; it is {show(row)}")
+    inputs = {spec.name for spec in signature.inputs}
+    if inputs.issuperset(instances[0]) or signature.feature_names is None or len(signature.inputs) > 1:
+        return {spec.name: _rows(_column(instances, spec.name, inputs), spec, "instances") for spec in signature.inputs}
+    names = signature.feature_names
+    known = set(names)
+    for index, row in enumerate(instances):
+        _check_keys(row, known, index)
+    spec = signature.inputs[0]
+    return {spec.name: _rows([[row[name] for name in names] for row in instances], spec, "instances")}
+
+
+def _column(instances: list[dict[str, Any]], name: str, inputs: set[str]) -> list[Any]:
+    for index, row in enumerate(instances):
+        _check_keys(row, inputs, index)
+    return [row[name] for row in instances]
+
+
+def _check_keys(row: dict[str, Any], known: set[str], index: int) -> None:
+    if row.keys() == known:
+        return
+    missing, unknown = sorted(known - row.keys()), sorted(row.keys() - known)
+    if missing:
+        raise InvalidInputError(f"instances[{index}] lacks '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    raise InvalidInputError(f"instances[{index}] has '{unknown[0]}', which the model does not know")
+
+
+def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
+    if isinstance(columns, list) and columns and isinstance(columns[0], dict) and "datatype" in columns[0]:
+        raise InvalidInputError("'inputs' is in the V2 form; send it to the model's /v2 route")
+    if not isinstance(columns, dict):
+        if len(signature.inputs) > 1:
+            raise InvalidInputError(f"'inputs' must be an object with {_names(signature)}")
+        columns = {signature.inputs[0].name: columns}
+    unknown = columns.keys() - {spec.name for spec in signature.inputs}
+    if unknown:
+        raise InvalidInputError(f"the model has no input '{min(unknown)}'; it has {_names(signature)}")
+    arrays: dict[str, Array] = {}
+    for spec in signature.inputs:
+        if spec.name not in columns:
+            raise InvalidInputError(f"input '{spec.name}' is missing")
+        if not isinstance(columns[spec.name], list):
+            raise InvalidInputError(f"input '{spec.name}' must be a list, got {show(columns[spec.name])}")
+        arrays[spec.name] = _rows(columns[spec.name], spec, spec.name)
+    return arrays
+
+
+def render(response: InferResponse, extra: Mapping[str, Any] | None = None) -> bytes:
+    """Write ``{"predictions": rows}``: rows of the one output, or an object by output name for each row.
+
+    Outputs of different lengths cannot be put into rows; they are given whole, as ``{"predictions": {name: tensor}}``.
+    ``extra`` are further members of the object.
+    """
+    return orjson.dumps({"predictions": predictions(response), **(extra or {})}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def predictions(response: InferResponse) -> Any:
+    """Return the ``predictions`` member: a value that orjson writes with ``OPT_SERIALIZE_NUMPY``."""
+    outputs = {name: json_ready(array) for name, array in response.outputs.items()}
+    if len(outputs) == 1:
+        return next(iter(outputs.values()))
+    if len({array.shape[:1] for array in response.outputs.values()}) != 1 or any(a.ndim == 0 for a in response.outputs.values()):
+        return outputs
+    return [dict(zip(outputs, row, strict=True)) for row in zip(*map(_iterate, outputs.values()), strict=True)]
+
+
+def _iterate(values: Any) -> Any:
+    return values if isinstance(values, list) else values.tolist()

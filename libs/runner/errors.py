@@ -1,0 +1,40 @@
+"""What can go wrong in a runner, in the kinds that cross the socket and the ready line."""
+
+from __future__ import annotations
+
+MAX_MESSAGE_CHARACTERS = 500
+
+
+class InvalidInputError(Exception):
+    """The request's tensors do not fit the model; the caller's fault."""
+
+
+class LoadError(Exception):
+    """The artifact cannot become a model.
+
+    Attributes
+    ----------
+    kind
+        ``missing_module``, ``missing_name``, ``forbidden``, ``memory``, ``not_a_model``, ``unknown_format`` or ``load_failed``.
+    module
+        The module that is missing, if that is what happened.
+    """
+
+    def __init__(self, kind: str, message: str, module: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.module = module
+
+    def to_dict(self) -> dict[str, str | None]:
+        return {"kind": self.kind, "message": self.message, "module": self.module}
+
+
+def describe_exception(error: object) -> str:
+    """Return an exception's text as one bounded line; a model's exception may have a ``__str__`` that raises."""
+    try:
+        text = str(error)
+    except BaseException:  # noqa: BLE001 (the text is the model's code)
+        text = "(its text cannot be shown)"
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[: MAX_MESSAGE_CHARACTERS - 1] + "…"

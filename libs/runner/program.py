@@ -1,0 +1,117 @@
+"""From the command line to the serving loop: cage first, then the libraries, then the artifact.
+
+What the supervisor hands over: a listening socket (``--fd``), a pipe for the one line that says how the start went
+(``--ready-fd``), and a pipe as standard input, whose first line is ``{"token": "…"}`` and whose end is ours.
+Standard output and error are the model's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from . import cage
+from .errors import LoadError, describe_exception
+
+MAX_WARNINGS = 20
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one runner until it is told to stop; the value is the exit status."""
+    options = _parse(arguments)
+    token = _take_token()
+    ready = os.fdopen(options.ready_fd, "w", encoding="utf-8")
+    try:
+        report = cage.apply(cage.CageSpec.from_json(options.cage), artifact=options.artifact, scratch=options.scratch)
+    except cage.CageError as error:
+        _say(ready, {"ready": False, "error": {"kind": "cage", "message": str(error)}})
+        return 3
+    return _serve(options, token, ready, report)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="runner", description="Load one model and answer batches on a socket.")
+    parser.add_argument("--fd", type=int, required=True, help="listening socket")
+    parser.add_argument("--ready-fd", type=int, required=True, help="pipe for the line that says how the start went")
+    parser.add_argument("--artifact", required=True, help="path of the model's file")
+    parser.add_argument("--format", required=True, help="sklearn or onnx")
+    parser.add_argument("--scratch", default=None, help="the only directory that may be written")
+    parser.add_argument("--cage", default="{}", help="CageSpec as JSON")
+    return parser.parse_args(arguments)
+
+
+def _take_token() -> str:
+    """Read the token and keep watching the pipe: when the supervisor is gone, so are we."""
+    lifeline = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(lifeline, 1)
+        if not byte:
+            sys.exit(2)
+        line += byte
+    token = json.loads(line)["token"]
+    threading.Thread(target=_exit_with_supervisor, args=(lifeline,), name="lifeline", daemon=True).start()
+    return str(token)
+
+
+def _exit_with_supervisor(lifeline: int) -> None:
+    while os.read(lifeline, 4096):
+        pass
+    os._exit(0)
+
+
+def _say(ready: Any, message: dict[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError), ready:
+        ready.write(json.dumps(message) + "\n")
+
+
+def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.CageReport) -> int:
+    # NumPy and the model's libraries are imported inside the cage.
+    from .formats import open_model
+    from .server import Server
+
+    started = time.monotonic()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            model = open_model(options.format, options.artifact)
+            signature = model.describe()
+    except LoadError as error:
+        traceback.print_exc()
+        _say(ready, {"ready": False, "error": error.to_dict(), "cage": report.to_dict()})
+        return 4
+    listener = socket.socket(fileno=options.fd)
+    server = Server(model, signature, token, listener)
+    server.start()
+    _say(
+        ready,
+        {
+            "ready": True,
+            "signature": signature,
+            "load_s": time.monotonic() - started,
+            "cage": report.to_dict(),
+            "python": "{}.{}.{}".format(*sys.version_info[:3]),
+            "warnings": _warning_texts(caught),
+        },
+    )
+    return server.run()
+
+
+def _warning_texts(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    texts = dict.fromkeys(f"{item.category.__name__}: {describe_exception(item.message)}" for item in caught)
+    for text in texts:
+        sys.stderr.write(text + "\n")
+    return list(texts)[:MAX_WARNINGS]

@@ -1,0 +1,190 @@
+"""Every route of the gateway in one table: what it takes, and what a caller needs to use it. What is not here does not exist."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from types import MappingProxyType
+from typing import get_args
+from urllib.parse import unquote_to_bytes
+
+from libs.errors import InvalidArgumentError, MillraceError, NotFoundError
+from schemas.base import ALIAS_PATTERN, NAME_PATTERN, Alias, Name
+from services.gateway.errors import MethodNotAllowedError
+
+
+class Permission(StrEnum):
+    """What a principal may do."""
+
+    READ = "read"
+    MANAGE = "manage"
+    PREDICT = "predict"
+
+
+class Door(StrEnum):
+    """Who answers a route: the plain ASGI side, or the management API, which differs in how its body is read."""
+
+    PLAIN = "plain"
+    API = "api"
+    API_STREAM = "api_stream"
+
+
+@dataclass(frozen=True)
+class HttpRoute:
+    """A row of the table; ``permission`` None means public."""
+
+    method: str
+    template: str
+    permission: Permission | None
+    door: Door
+
+    @cached_property
+    def segments(self) -> tuple[re.Pattern[str], ...]:
+        """One pattern per path segment."""
+        return tuple(_segment_pattern(segment) for segment in self.template.split("/"))
+
+
+def _segment_pattern(segment: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{\w+\})", segment)
+    return re.compile("".join(f"(?P<{part[1:-1]}>.*)" if part.startswith("{") else re.escape(part) for part in parts), re.DOTALL)
+
+
+ROUTES = (
+    HttpRoute("GET", "/healthz", None, Door.PLAIN),
+    HttpRoute("GET", "/v2/health/live", None, Door.PLAIN),
+    HttpRoute("GET", "/v2/health/ready", None, Door.PLAIN),
+    HttpRoute("GET", "/", Permission.READ, Door.PLAIN),
+    HttpRoute("GET", "/v1/models", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1/models/{endpoint}:predict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v1/models/{endpoint}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models/{endpoint}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models/{endpoint}/versions/{version}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models/{endpoint}/ready", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models/{endpoint}/versions/{version}/ready", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v2/models/{endpoint}/infer", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v2/models/{endpoint}/versions/{version}/infer", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/docs", Permission.READ, Door.API),
+    HttpRoute("GET", "/openapi.json", Permission.READ, Door.API),
+    HttpRoute("POST", "/api/v1/artifacts", Permission.MANAGE, Door.API_STREAM),
+    HttpRoute("GET", "/api/v1/models", Permission.READ, Door.API),
+    HttpRoute("GET", "/api/v1/models/{model}", Permission.READ, Door.API),
+    HttpRoute("GET", "/api/v1/models/{model}/versions", Permission.READ, Door.API),
+    HttpRoute("POST", "/api/v1/models/{model}/versions", Permission.MANAGE, Door.API),
+    HttpRoute("POST", "/api/v1/models/{model}/versions/{version}:archive", Permission.MANAGE, Door.API),
+    HttpRoute("GET", "/api/v1/models/{model}/versions/{version}", Permission.READ, Door.API),
+    HttpRoute("PUT", "/api/v1/models/{model}/aliases/{alias}", Permission.MANAGE, Door.API),
+    HttpRoute("DELETE", "/api/v1/models/{model}/aliases/{alias}", Permission.MANAGE, Door.API),
+    HttpRoute("POST", "/api/v1/endpoints", Permission.MANAGE, Door.API),
+    HttpRoute("GET", "/api/v1/endpoints", Permission.READ, Door.API),
+    HttpRoute("GET", "/api/v1/endpoints/{endpoint}", Permission.READ, Door.API),
+    HttpRoute("DELETE", "/api/v1/endpoints/{endpoint}", Permission.MANAGE, Door.API),
+    HttpRoute("POST", "/api/v1/endpoints/{endpoint}/deployments", Permission.MANAGE, Door.API),
+    HttpRoute("DELETE", "/api/v1/endpoints/{endpoint}/deployments/{deployment_id}", Permission.MANAGE, Door.API),
+    HttpRoute("PUT", "/api/v1/endpoints/{endpoint}/traffic", Permission.MANAGE, Door.API),
+    HttpRoute("GET", "/api/v1/operations/{operation_id}", Permission.READ, Door.API),
+    HttpRoute("GET", "/api/v1/events", Permission.READ, Door.API),
+    HttpRoute("GET", "/api/v1/dead-letters", Permission.READ, Door.API),
+    HttpRoute("GET", "/api/v1/dead-letters/{letter_id}", Permission.READ, Door.API),
+    HttpRoute("POST", "/api/v1/dead-letters/{letter_id}:replay", Permission.MANAGE, Door.API),
+)
+"""More specific templates stand before those that would match the same path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a request line means: a route with its parameters, or the error it deserves (told only to who may know)."""
+
+    route: HttpRoute | None
+    parameters: Mapping[str, str] = MappingProxyType({})
+    error: MillraceError | None = None
+
+
+def find(method: str, raw_path: str) -> Found:
+    """Look a request line up; ``raw_path`` is still percent-encoded, so that an encoded slash stays inside its segment."""
+    try:
+        segments = [_decoded(segment) for segment in raw_path.split("/")]
+    except InvalidArgumentError as error:
+        return Found(None, error=error)
+    allowed: list[str] = []
+    for route in ROUTES_BY_LENGTH.get(len(segments), ()):
+        parameters = _match(route, segments)
+        if parameters is None:
+            continue
+        if route.method == method:
+            return Found(route, parameters, _problem(parameters))
+        if route.method not in allowed:
+            allowed.append(route.method)
+    if allowed:
+        return Found(None, error=MethodNotAllowedError(f"{raw_path[:200]} does not take {method}; it takes {', '.join(allowed)}", allowed))
+    return Found(None, error=NotFoundError(f"there is nothing at {raw_path[:200]}"))
+
+
+def _match(route: HttpRoute, segments: list[str]) -> dict[str, str] | None:
+    parameters: dict[str, str] = {}
+    for pattern, segment in zip(route.segments, segments, strict=True):
+        match = pattern.fullmatch(segment)
+        if match is None:
+            return None
+        parameters |= match.groupdict()
+    return parameters
+
+
+def _decoded(segment: str) -> str:
+    if "%" not in segment:
+        return segment
+    try:
+        return unquote_to_bytes(segment).decode()
+    except UnicodeDecodeError:
+        raise InvalidArgumentError(f"the path segment {segment[:200]!r} is not percent-encoded UTF-8") from None
+
+
+def _by_length(routes: tuple[HttpRoute, ...]) -> dict[int, tuple[HttpRoute, ...]]:
+    lengths = {len(route.segments) for route in routes}
+    return {length: tuple(route for route in routes if len(route.segments) == length) for length in lengths}
+
+
+ROUTES_BY_LENGTH = _by_length(ROUTES)
+
+NAME_RULE = get_args(Name)[1].description
+ALIAS_RULE = get_args(Alias)[1].description
+_VERSION_PATTERN = r"[1-9][0-9]{0,8}"
+_ID_RULE = "up to 200 letters, digits, '.', '_', ':' or '-'"
+
+
+def _checker(what: str, pattern: str, rule: str) -> Callable[[str], None]:
+    compiled = re.compile(pattern)
+
+    def check(value: str) -> None:
+        if not compiled.fullmatch(value):
+            shown = value if len(value) <= 80 else value[:80] + "…"
+            raise InvalidArgumentError(f"{shown!r} is not {what}: {rule.rstrip('.')}")
+
+    return check
+
+
+_ALIAS_OR_NUMBER = f"(?:{_VERSION_PATTERN}|{ALIAS_PATTERN.strip('^$')})"
+CHECKS: Mapping[str, Callable[[str], None]] = {
+    "model": _checker("a model name", NAME_PATTERN, NAME_RULE),
+    "endpoint": _checker("an endpoint name", NAME_PATTERN, NAME_RULE),
+    "alias": _checker("an alias", ALIAS_PATTERN, ALIAS_RULE),
+    "version": _checker("a version", _ALIAS_OR_NUMBER, f"a number from 1 on, or an alias ({ALIAS_RULE.rstrip('.')})"),
+    "deployment_id": _checker(
+        "a deployment id",
+        rf"{NAME_PATTERN.strip('^$')}\.{NAME_PATTERN.strip('^$')}\.{_VERSION_PATTERN}",
+        "<endpoint>.<model>.<version>",
+    ),
+    "operation_id": _checker("an operation id", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
+    "letter_id": _checker("the id of a dead letter", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
+}
+"""By the name of a path parameter: raises ``InvalidArgumentError`` that names the rule."""
+
+
+def _problem(parameters: Mapping[str, str]) -> InvalidArgumentError | None:
+    for name, value in parameters.items():
+        try:
+            CHECKS[name](value)
+        except InvalidArgumentError as error:
+            return error
+    return None

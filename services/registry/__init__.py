@@ -1,0 +1,1 @@
+"""The single writer of models, versions, aliases, endpoints and deployments."""

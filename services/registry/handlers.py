@@ -1,0 +1,107 @@
+"""One rule per command and per outcome: contract in, decision taken and folded in, contract out."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from libs.messaging import cloudevents
+from libs.messaging.cloudevents import Clock, Event
+from libs.messaging.processing import Handler
+from libs.messaging.records import Record
+from schemas import registry as contract
+from schemas.base import Command, Payload
+from schemas.environment import VersionBuildFailed, VersionBuilt
+from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
+from schemas.validation import VersionInspected, VersionRejected, VersionValidated
+from services.registry import endpoints, versions
+from services.registry.errors import RefusedError
+from services.registry.state import Change, Context, Decision, Deletion, State
+
+log = logging.getLogger(__name__)
+
+Rule = Callable[[State, Any, Context], Decision]
+
+COMMAND_RULES: Mapping[type[Payload], Rule] = {
+    contract.RegisterVersion: versions.register,
+    contract.SetAlias: versions.set_alias,
+    contract.ArchiveVersion: versions.archive,
+    contract.CreateEndpoint: endpoints.create,
+    contract.DeployVersion: endpoints.deploy,
+    contract.UndeployVersion: endpoints.undeploy,
+    contract.SetTraffic: endpoints.set_traffic,
+    contract.DeleteEndpoint: endpoints.delete,
+}
+
+OUTCOME_RULES: Mapping[type[Payload], Rule] = {
+    VersionInspected: versions.inspected,
+    VersionBuilt: versions.built,
+    VersionBuildFailed: versions.build_failed,
+    VersionValidated: versions.validated,
+    VersionRejected: versions.rejected,
+    DeploymentReady: endpoints.ready,
+    DeploymentChanged: endpoints.changed,
+    DeploymentFailed: endpoints.failed,
+    DeploymentRemoved: endpoints.removed,
+}
+
+
+class HandledCommands:
+    """Ids of the last ``capacity`` commands that were answered, so that the same command sent twice acts once.
+
+    The capacity is bounded because commands are: the topic keeps them for seven days, and a control plane sees thousands, not millions.
+    """
+
+    def __init__(self, capacity: int = 100_000) -> None:
+        self.capacity = capacity
+        self._ids: OrderedDict[str, None] = OrderedDict()
+
+    def __contains__(self, command_id: str) -> bool:
+        return command_id in self._ids
+
+    def add(self, command_id: str) -> None:
+        self._ids[command_id] = None
+        if len(self._ids) > self.capacity:
+            self._ids.popitem(last=False)
+
+
+class Handlers:
+    """Decides against the state and folds each decision into it."""
+
+    def __init__(self, state: State, handled: HandledCommands, clock: Clock = cloudevents.utc_now) -> None:
+        self._state = state
+        self._handled = handled
+        self._clock = clock
+
+    def table(self) -> dict[type[Payload], Handler]:
+        """Handler by payload class."""
+        return dict.fromkeys((*COMMAND_RULES, *OUTCOME_RULES), self._handle)
+
+    async def _handle(self, event: Event[Payload]) -> Sequence[Payload | Record]:
+        data = event.data
+        context = Context(self._clock(), event.correlation_id, event.traceparent)
+        if not isinstance(data, Command):
+            return self._folded(OUTCOME_RULES[type(data)](self._state, data, context))
+        if event.id in self._handled:
+            log.info("command %s was answered before; not repeated", event.id)
+            return ()
+        self._handled.add(event.id)
+        try:
+            decision = COMMAND_RULES[type(data)](self._state, data, context)
+        except RefusedError as error:
+            refusal = contract.CommandRefused(command_type=event.type, command_entity=data.entity, kind=error.kind, reason=error.message)
+            decision = Decision((refusal,))
+        return self._folded(decision)
+
+    def _folded(self, decision: Decision) -> Sequence[Payload | Record]:
+        final: dict[tuple[str, str], Change] = {}
+        for change in decision.changes:
+            topic = change.snapshot_type.topic if isinstance(change, Deletion) else change.topic
+            final[topic, change.entity] = change
+        self._state.apply(final.values())
+        written = [
+            cloudevents.tombstone(change.snapshot_type.topic, change.entity) if isinstance(change, Deletion) else change
+            for change in final.values()
+        ]
+        # Snapshots first: whoever reads a fact and then looks at the state finds it there.
+        return [*written, *decision.facts]

@@ -1,0 +1,183 @@
+"""Rules of models, versions and aliases."""
+
+from schemas.environment import VersionBuildFailed, VersionBuilt
+from schemas.registry import (
+    AliasSet,
+    ArchiveVersion,
+    DeploymentStatus,
+    ModelSnapshot,
+    RegisterVersion,
+    SetAlias,
+    VersionAlreadyRegistered,
+    VersionArchived,
+    VersionRegistered,
+    VersionSnapshot,
+    VersionSpec,
+    VersionStatus,
+)
+from schemas.validation import VersionInspected, VersionRejected, VersionValidated
+from services.registry.errors import conflict
+from services.registry.state import Context, Decision, State
+
+TRANSITIONS: dict[VersionStatus, frozenset[VersionStatus]] = {
+    VersionStatus.REGISTERED: frozenset({VersionStatus.INSPECTED, VersionStatus.REJECTED, VersionStatus.ARCHIVED}),
+    VersionStatus.INSPECTED: frozenset({VersionStatus.BUILT, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED}),
+    VersionStatus.BUILT: frozenset({VersionStatus.VALIDATED, VersionStatus.REJECTED, VersionStatus.ARCHIVED}),
+    VersionStatus.VALIDATED: frozenset({VersionStatus.ARCHIVED}),
+    VersionStatus.REJECTED: frozenset({VersionStatus.ARCHIVED}),
+    VersionStatus.BUILD_FAILED: frozenset({VersionStatus.ARCHIVED}),
+    VersionStatus.ARCHIVED: frozenset(),
+}
+"""The state machine of a version."""
+
+
+def register(state: State, command: RegisterVersion, context: Context) -> Decision:
+    """The next version of a model; content that exists already is answered with the version that has it."""
+    name = command.model_name
+    model = state.models.get(name)
+    existing = next((version for version in state.versions_of(name) if _same_content(version, command.spec)), None)
+    if model is not None and existing is not None:
+        moved = _aliased(model, command.aliases, existing.version, context)
+        return Decision((VersionAlreadyRegistered(model_name=name, version=existing.version),)) + moved
+    if model is None:
+        model = ModelSnapshot(model_name=name, latest_version=0, created_at=context.now, updated_at=context.now)
+    number = model.latest_version + 1
+    version = VersionSnapshot(
+        model_name=name,
+        version=number,
+        status=VersionStatus.REGISTERED,
+        spec=command.spec,
+        stage_times={VersionStatus.REGISTERED: context.now},
+        correlation_id=context.correlation_id,
+        created_at=context.now,
+        updated_at=context.now,
+    )
+    grown = model.model_copy(update={"latest_version": number, "updated_at": context.now})
+    registered = Decision((VersionRegistered(model_name=name, version=number, spec=command.spec),), (version, grown))
+    return registered + _aliased(grown, command.aliases, number, context)
+
+
+def set_alias(state: State, command: SetAlias, context: Context) -> Decision:
+    """Point an alias somewhere else, or remove it."""
+    model = state.model(command.model_name)
+    if command.version is None:
+        if command.alias not in model.aliases:
+            return Decision((AliasSet(model_name=command.model_name, alias=command.alias, version=None),))
+        aliases = {alias: version for alias, version in model.aliases.items() if alias != command.alias}
+        fact = AliasSet(model_name=command.model_name, alias=command.alias, version=None, previous_version=model.aliases[command.alias])
+        return Decision((fact,), (model.model_copy(update={"aliases": aliases, "updated_at": context.now}),))
+    version = state.version(command.model_name, command.version)
+    if version.status in (VersionStatus.REJECTED, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED):
+        raise conflict(f"version {version.version} of {version.model_name!r} is {version.status}; an alias cannot point at it")
+    return _aliased(model, (command.alias,), command.version, context)
+
+
+def archive(state: State, command: ArchiveVersion, context: Context) -> Decision:
+    """Take a version out of use, unless it is deployed."""
+    version = state.version(command.model_name, command.version)
+    fact = VersionArchived(model_name=command.model_name, version=command.version)
+    if version.status is VersionStatus.ARCHIVED:
+        return Decision((fact,))
+    deployed = [
+        deployment.endpoint_name
+        for deployment in state.deployments.values()
+        if (deployment.model_name, deployment.version) == (command.model_name, command.version)
+        and deployment.status is not DeploymentStatus.REMOVING
+    ]
+    if deployed:
+        raise conflict(
+            f"version {command.version} of {command.model_name!r} is deployed to {', '.join(sorted(deployed))}; undeploy it first"
+        )
+    model = state.model(command.model_name)
+    aliases = {alias: number for alias, number in model.aliases.items() if number != command.version}
+    return Decision(
+        (fact,),
+        (
+            _moved(version, VersionStatus.ARCHIVED, context),
+            model.model_copy(update={"aliases": aliases, "updated_at": context.now}),
+        ),
+    )
+
+
+def inspected(state: State, outcome: VersionInspected, context: Context) -> Decision:
+    """The artifact passed the first gate."""
+    return _outcome(
+        state,
+        outcome.model_name,
+        outcome.version,
+        VersionStatus.INSPECTED,
+        context,
+        format=outcome.format,
+        requirements=outcome.requirements,
+        findings=outcome.findings,
+    )
+
+
+def built(state: State, outcome: VersionBuilt, context: Context) -> Decision:
+    """The environment exists."""
+    return _outcome(state, outcome.model_name, outcome.version, VersionStatus.BUILT, context, environment=outcome.environment)
+
+
+def build_failed(state: State, outcome: VersionBuildFailed, context: Context) -> Decision:
+    """No environment can be built."""
+    return _outcome(state, outcome.model_name, outcome.version, VersionStatus.BUILD_FAILED, context, reason=outcome.reason)
+
+
+def validated(state: State, outcome: VersionValidated, context: Context) -> Decision:
+    """The version loads and answers; it can be deployed."""
+    found = state.versions.get(f"{outcome.model_name}@{outcome.version}")
+    return _outcome(
+        state,
+        outcome.model_name,
+        outcome.version,
+        VersionStatus.VALIDATED,
+        context,
+        signature=outcome.signature,
+        measurements=outcome.measurements,
+        findings=(found.findings if found else ()) + outcome.findings,
+    )
+
+
+def rejected(state: State, outcome: VersionRejected, context: Context) -> Decision:
+    """One of the two gates said no."""
+    found = state.versions.get(f"{outcome.model_name}@{outcome.version}")
+    return _outcome(
+        state,
+        outcome.model_name,
+        outcome.version,
+        VersionStatus.REJECTED,
+        context,
+        reason=outcome.reason,
+        findings=(found.findings if found else ()) + outcome.findings,
+    )
+
+
+def _outcome(state: State, model_name: str, number: int, status: VersionStatus, context: Context, **found: object) -> Decision:
+    version = state.versions.get(f"{model_name}@{number}")
+    if version is None or status not in TRANSITIONS[version.status]:
+        return Decision()  # a repeat, or news of something that has moved on
+    return Decision(changes=(_moved(version, status, context, **found),))
+
+
+def _moved(version: VersionSnapshot, status: VersionStatus, context: Context, **found: object) -> VersionSnapshot:
+    update = {"status": status, "updated_at": context.now, "stage_times": {**version.stage_times, status.value: context.now}, **found}
+    return VersionSnapshot.model_validate({**dict(version), **update})
+
+
+def _same_content(version: VersionSnapshot, spec: VersionSpec) -> bool:
+    mine = version.spec
+    return (
+        version.status is not VersionStatus.ARCHIVED
+        and mine.artifact.sha256 == spec.artifact.sha256
+        and (mine.format, mine.requirements, mine.example) == (spec.format, spec.requirements, spec.example)
+    )
+
+
+def _aliased(model: ModelSnapshot, aliases: tuple[str, ...], number: int, context: Context) -> Decision:
+    moved = dict.fromkeys(aliases, number)
+    if not moved:
+        return Decision()
+    facts = tuple(
+        AliasSet(model_name=model.model_name, alias=alias, version=number, previous_version=model.aliases.get(alias)) for alias in moved
+    )
+    return Decision(facts, (model.model_copy(update={"aliases": {**model.aliases, **moved}, "updated_at": context.now}),))

@@ -1,0 +1,138 @@
+"""The registry as a whole, on the log in memory."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+from libs.messaging import cloudevents
+from libs.messaging.memory import MemoryBroker
+from libs.messaging.records import Record
+from schemas.registry import Artifact, CommandRefused, CreateEndpoint, DeleteEndpoint, RegisterVersion, VersionRegistered, VersionSpec
+from schemas.topics import COMMANDS, DLQ, EVENTS, STATE, STATE_VERSIONS
+from services.registry.app import GROUP, build
+from services.registry.handlers import HandledCommands
+from services.registry.restore import restore
+from services.registry.settings import Settings
+from services.registry.state import State
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+REGISTER = RegisterVersion(
+    model_name="iris", spec=VersionSpec(artifact=Artifact(sha256="a" * 64, size_bytes=1, filename="m.joblib")), aliases=("prod",)
+)
+
+
+@asynccontextmanager
+async def registry(broker: MemoryBroker):
+    """A running registry; on leaving the block it has handled every command."""
+    (runner,) = build(Settings(), broker=broker, clock=lambda: NOW)
+    await runner.start()
+    running = asyncio.create_task(runner.run())
+    try:
+        yield
+        async with asyncio.timeout(5):
+            while broker.committed(GROUP, COMMANDS.name) < len(broker.records(COMMANDS.name)):
+                await asyncio.sleep(0.001)
+                if running.done():
+                    running.result()
+    finally:
+        await runner.stop()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def command(data, command_id: str) -> Record:
+    return cloudevents.write(cloudevents.new_event(data, "/test", now=NOW, event_id=command_id))
+
+
+async def said(broker: MemoryBroker) -> list:
+    return [cloudevents.read(record) for record in broker.records(EVENTS.name)]
+
+
+async def test_a_command_becomes_a_fact_caused_by_it_and_a_snapshot():
+    broker = MemoryBroker()
+    async with registry(broker):
+        await broker.append([command(REGISTER, "c1")])
+    fact, alias = await said(broker)
+    assert isinstance(fact.data, VersionRegistered)
+    assert (fact.causation_id, fact.correlation_id, fact.source) == ("c1", "c1", "/millrace/registry")
+    assert fact.id != alias.id
+    (snapshot,) = [cloudevents.read(record) for record in broker.records(STATE_VERSIONS.name)]
+    assert (snapshot.data.entity, snapshot.causation_id) == ("iris@1", "c1")
+
+
+async def test_the_same_command_twice_acts_once_even_across_a_restart():
+    broker = MemoryBroker()
+    async with registry(broker):
+        await broker.append([command(REGISTER, "c1"), command(REGISTER, "c1")])
+    async with registry(broker):
+        await broker.append([command(REGISTER, "c1")])
+    assert len(await said(broker)) == 2
+
+
+async def test_a_refusal_is_a_fact_with_its_reason():
+    broker = MemoryBroker()
+    async with registry(broker):
+        await broker.append([command(DeleteEndpoint(endpoint_name="nowhere"), "c1")])
+    (event,) = await said(broker)
+    assert event.data == CommandRefused(
+        command_type=DeleteEndpoint.event_type, command_entity="nowhere", kind="not_found", reason="there is no endpoint 'nowhere'"
+    )
+
+
+async def test_the_state_is_the_same_after_a_restart():
+    broker = MemoryBroker()
+    async with registry(broker):
+        await broker.append(
+            [
+                command(REGISTER, "c1"),
+                command(CreateEndpoint(endpoint_name="gone"), "c2"),
+                command(DeleteEndpoint(endpoint_name="gone"), "c3"),
+                command(CreateEndpoint(endpoint_name="stays"), "c4"),
+            ]
+        )
+    state = State()
+    await restore(broker, state, HandledCommands())
+    assert (list(state.models), list(state.versions), list(state.endpoints)) == (["iris"], ["iris@1"], ["stays"])
+    assert state.models["iris"].aliases == {"prod": 1}
+
+
+async def test_bad_commands_are_dead_letters_and_the_next_one_is_handled():
+    broker = MemoryBroker()
+    good = command(CreateEndpoint(endpoint_name="flowers"), "good")
+    async with registry(broker):
+        await broker.append(
+            [
+                Record(COMMANDS.name, b"k", b"not json"),
+                Record(
+                    COMMANDS.name, b"k", b"{}", (("ce_specversion", b"1.0"), ("ce_id", b"1"), ("ce_type", b"x.y.v1"), ("ce_source", b"/t"))
+                ),
+                Record(COMMANDS.name, good.key, b"{}", good.headers),
+                Record(
+                    COMMANDS.name,
+                    good.key,
+                    good.value,
+                    tuple((n, v.replace(b".v1", b".v9") if n == "ce_type" else v) for n, v in good.headers),
+                ),
+                good,
+            ]
+        )
+    causes = [cloudevents.read(record).data.cause for record in broker.records(DLQ.name)]
+    assert causes == [
+        "the record has no ce_ headers and its value is not JSON: invalid literal, expected 'null': line 1 column 1 (char 0)",
+        "no contract has the event type 'x.y.v1'",
+        "millrace.registry.endpoint.create.v1 does not fit its contract: endpoint_name: Field required",
+        "millrace.registry.endpoint.create.v9 is not a known version of this event; known: millrace.registry.endpoint.create.v1",
+    ]
+    assert [type(event.data).__name__ for event in await said(broker)] == ["EndpointCreated"]
+
+
+async def test_a_fact_on_the_command_topic_is_not_believed():
+    broker = MemoryBroker()
+    fake = cloudevents.write(
+        cloudevents.new_event(VersionRegistered(model_name="iris", version=1, spec=REGISTER.spec), "/test", now=NOW), COMMANDS.name
+    )
+    async with registry(broker):
+        await broker.append([fake])
+    (letter,) = [cloudevents.read(record).data for record in broker.records(DLQ.name)]
+    assert letter.cause.endswith("belongs on millrace.events, not on millrace.commands")
+    assert not any(broker.records(topic.name) for topic in STATE)

@@ -1,0 +1,285 @@
+"""The registry's rules, without a log."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from schemas.base import Fact
+from schemas.environment import EnvironmentLock, VersionBuildFailed, VersionBuilt
+from schemas.inference import Datatype, Signature, TensorSpec
+from schemas.registry import (
+    AliasSet,
+    ArchiveVersion,
+    Artifact,
+    CreateEndpoint,
+    DeleteEndpoint,
+    DeploymentStatus,
+    DeployVersion,
+    RefusalKind,
+    RegisterVersion,
+    Replica,
+    SetAlias,
+    SetTraffic,
+    TrafficChanged,
+    UndeployVersion,
+    VersionAlreadyRegistered,
+    VersionRegistered,
+    VersionSpec,
+    VersionStatus,
+)
+from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
+from schemas.validation import Measurements, VersionInspected, VersionValidated
+from services.registry.errors import RefusedError
+from services.registry.handlers import COMMAND_RULES, OUTCOME_RULES
+from services.registry.state import Context, State
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CONTEXT = Context(NOW, "story")
+SIGNATURE = Signature(
+    inputs=(TensorSpec(name="input", datatype=Datatype.FP64, shape=(-1, 4)),),
+    outputs=(TensorSpec(name="predict", datatype=Datatype.INT64, shape=(-1,)),),
+)
+LOCK = EnvironmentLock(environment_id="0" * 16, python="3.11", platform="x86_64-linux", lock="numpy==2.0.0")
+
+
+class World:
+    """A state with the rules applied to it."""
+
+    def __init__(self) -> None:
+        self.state = State()
+
+    def do(self, data) -> tuple[Fact, ...]:
+        rule = COMMAND_RULES.get(type(data)) or OUTCOME_RULES[type(data)]
+        decision = rule(self.state, data, CONTEXT)
+        self.state.apply(decision.changes)
+        return decision.facts
+
+    def refused(self, data) -> RefusedError:
+        with pytest.raises(RefusedError) as caught:
+            self.do(data)
+        return caught.value
+
+    def register(self, model="iris", content="a", **spec) -> int:
+        (fact, *_) = self.do(RegisterVersion(model_name=model, spec=_spec(content, **spec)))
+        return fact.version
+
+    def validate(self, model="iris", version=1) -> None:
+        self.do(VersionInspected(model_name=model, version=version, format="sklearn", requirements=("scikit-learn",), inferred=True))
+        self.do(VersionBuilt(model_name=model, version=version, environment=LOCK, reused=False, resolve_s=1, install_s=1))
+        measured = Measurements(load_s=1, peak_memory_bytes=1)
+        self.do(VersionValidated(model_name=model, version=version, signature=SIGNATURE, measurements=measured))
+
+    def deploy(self, model="iris", version=1, endpoint="flowers", **options) -> str:
+        if endpoint not in self.state.endpoints:
+            self.do(CreateEndpoint(endpoint_name=endpoint))
+        (fact, *_) = self.do(DeployVersion(endpoint_name=endpoint, model_name=model, version=version, **options))
+        return fact.deployment_id
+
+    def ready(self, deployment_id: str) -> tuple[Fact, ...]:
+        deployment = self.state.deployments[deployment_id]
+        return self.do(
+            DeploymentReady(
+                endpoint_name=deployment.endpoint_name,
+                deployment_id=deployment_id,
+                generation=deployment.generation,
+                replicas=(Replica(replica_id="r1", address="unix:/r1"),),
+            )
+        )
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def serving() -> World:
+    """iris versions 1 and 2 validated; version 1 ready with all the traffic of endpoint flowers."""
+    world = World()
+    for content in ("a", "b"):
+        world.validate(version=world.register(content=content))
+    world.ready(world.deploy())
+    return world
+
+
+def _spec(content="a", **spec) -> VersionSpec:
+    return VersionSpec(artifact=Artifact(sha256=content * 64, size_bytes=1, filename="m.joblib"), **spec)
+
+
+def test_versions_count_up_within_a_model(world):
+    assert [world.register(content="a"), world.register(content="b"), world.register("other", "a")] == [1, 2, 1]
+
+
+def test_the_same_content_again_is_answered_with_the_existing_version(world):
+    world.register()
+    facts = world.do(RegisterVersion(model_name="iris", spec=_spec(), aliases=("prod",)))
+    assert [type(fact) for fact in facts] == [VersionAlreadyRegistered, AliasSet]
+    assert world.state.models["iris"].aliases == {"prod": 1}
+
+
+def test_the_same_artifact_with_other_requirements_is_another_version(world):
+    assert [world.register(), world.register(requirements=("scikit-learn==1.7",))] == [1, 2]
+
+
+def test_content_of_an_archived_version_can_be_registered_again(world):
+    world.register()
+    world.do(ArchiveVersion(model_name="iris", version=1))
+    assert world.register() == 2
+
+
+def test_a_version_lives_from_registered_to_validated(world):
+    world.register()
+    world.validate()
+    version = world.state.versions["iris@1"]
+    assert version.status is VersionStatus.VALIDATED
+    assert list(version.stage_times) == ["registered", "inspected", "built", "validated"]
+
+
+def test_an_outcome_that_comes_again_or_too_late_changes_nothing(world):
+    world.register()
+    world.validate()
+    before = world.state.versions["iris@1"]
+    world.do(VersionBuildFailed(model_name="iris", version=1, reason="late"))
+    world.do(VersionInspected(model_name="iris", version=1, format="onnx", requirements=(), inferred=False))
+    world.do(VersionBuildFailed(model_name="unknown", version=1, reason="whose"))
+    assert world.state.versions["iris@1"] == before
+
+
+def test_deploy_of_a_version_that_is_not_built_is_refused_with_its_status(world):
+    world.register()
+    world.do(CreateEndpoint(endpoint_name="flowers"))
+    error = world.refused(DeployVersion(endpoint_name="flowers", model_name="iris", version=1))
+    assert (error.kind, error.message) == (
+        RefusalKind.CONFLICT,
+        "version 1 of 'iris' is registered, and only a validated one can be deployed",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (DeployVersion(endpoint_name="flowers", model_name="rose"), "there is no model 'rose'"),
+        (DeployVersion(endpoint_name="nowhere", model_name="iris"), "there is no endpoint 'nowhere'"),
+        (DeployVersion(endpoint_name="flowers", model_name="iris", version=9), "model 'iris' has no version 9; the newest is 2"),
+        (DeployVersion(endpoint_name="flowers", model_name="iris", alias="prod"), "model 'iris' has no alias 'prod'"),
+        (SetAlias(model_name="iris", alias="prod", version=7), "model 'iris' has no version 7; the newest is 2"),
+        (ArchiveVersion(model_name="rose", version=1), "there is no model 'rose'"),
+        (DeleteEndpoint(endpoint_name="nowhere"), "there is no endpoint 'nowhere'"),
+        (UndeployVersion(endpoint_name="flowers", deployment_id="x"), "endpoint 'flowers' has no deployment 'x'"),
+    ],
+)
+def test_what_does_not_exist_is_refused_by_name(serving, command, message):
+    error = serving.refused(command)
+    assert (error.kind, error.message) == (RefusalKind.NOT_FOUND, message)
+
+
+def test_without_version_the_newest_validated_one_is_deployed(serving):
+    serving.register(content="c")
+    assert serving.deploy(version=None) == "flowers.iris.2"
+
+
+def test_traffic_moves_when_the_deployment_is_ready_and_not_before(serving):
+    deployment_id = serving.deploy(version=2)
+    assert serving.state.endpoints["flowers"].traffic == {"flowers.iris.1": 100}
+    (fact,) = serving.ready(deployment_id)
+    assert fact == TrafficChanged(endpoint_name="flowers", traffic={"flowers.iris.2": 100}, previous={"flowers.iris.1": 100})
+    assert serving.state.endpoints["flowers"].traffic == {"flowers.iris.2": 100}
+
+
+def test_a_newcomer_with_a_share_leaves_the_rest_to_the_others(serving):
+    serving.ready(serving.deploy(version=2, traffic_percent=20))
+    assert serving.state.endpoints["flowers"].traffic == {"flowers.iris.1": 80, "flowers.iris.2": 20}
+
+
+def test_deploying_what_is_deployed_again_changes_only_its_share(serving):
+    serving.ready(serving.deploy(version=2))
+    before = serving.state.deployments["flowers.iris.1"]
+    serving.deploy(version=1, traffic_percent=10)
+    assert serving.state.deployments["flowers.iris.1"] == before
+    assert serving.state.endpoints["flowers"].traffic == {"flowers.iris.1": 10, "flowers.iris.2": 90}
+
+
+def test_more_replicas_are_a_new_generation_that_keeps_answering(serving):
+    serving.deploy(version=1, max_replicas=2, min_replicas=2)
+    deployment = serving.state.deployments["flowers.iris.1"]
+    assert (deployment.generation, deployment.status, len(deployment.replicas)) == (2, DeploymentStatus.READY, 1)
+
+
+def test_reports_about_an_older_generation_are_ignored(serving):
+    serving.deploy(version=1, max_replicas=2, min_replicas=2)
+    serving.do(DeploymentFailed(endpoint_name="flowers", deployment_id="flowers.iris.1", generation=1, reason="old"))
+    assert serving.state.deployments["flowers.iris.1"].status is DeploymentStatus.READY
+
+
+def test_a_deployment_without_enough_replicas_is_degraded_until_they_are_back(serving):
+    changed = DeploymentChanged(endpoint_name="flowers", deployment_id="flowers.iris.1", generation=1, replicas=(), reason="runner died")
+    serving.do(changed)
+    assert serving.state.deployments["flowers.iris.1"].status is DeploymentStatus.DEGRADED
+    serving.ready("flowers.iris.1")
+    assert serving.state.deployments["flowers.iris.1"].status is DeploymentStatus.READY
+
+
+def test_delete_of_an_endpoint_under_traffic_is_refused_and_changes_nothing(serving):
+    error = serving.refused(DeleteEndpoint(endpoint_name="flowers"))
+    assert error.kind is RefusalKind.CONFLICT
+    assert "takes traffic (flowers.iris.1 100 %)" in error.message
+    assert serving.state.deployments["flowers.iris.1"].status is DeploymentStatus.READY
+
+
+def test_a_forced_delete_removes_the_deployments_and_they_end_when_serving_says_so(serving):
+    serving.do(DeleteEndpoint(endpoint_name="flowers", force=True))
+    assert "flowers" not in serving.state.endpoints
+    removing = serving.state.deployments["flowers.iris.1"]
+    assert (removing.status, removing.generation) == (DeploymentStatus.REMOVING, 2)
+    serving.do(DeploymentRemoved(endpoint_name="flowers", deployment_id="flowers.iris.1", generation=2))
+    assert not serving.state.deployments
+
+
+def test_an_endpoint_can_be_made_again_while_its_old_deployment_is_still_being_removed(serving):
+    serving.do(DeleteEndpoint(endpoint_name="flowers", force=True))
+    serving.deploy(version=1)
+    deployment = serving.state.deployments["flowers.iris.1"]
+    assert (deployment.status, deployment.generation) == (DeploymentStatus.PENDING, 3)
+    serving.do(DeploymentRemoved(endpoint_name="flowers", deployment_id="flowers.iris.1", generation=2))
+    assert "flowers.iris.1" in serving.state.deployments
+
+
+def test_undeploy_under_traffic_needs_force_and_gives_the_share_to_the_others(serving):
+    serving.ready(serving.deploy(version=2, traffic_percent=50))
+    command = UndeployVersion(endpoint_name="flowers", deployment_id="flowers.iris.2")
+    assert "takes 50 % of the traffic" in serving.refused(command).message
+    serving.do(command.model_copy(update={"force": True}))
+    endpoint = serving.state.endpoints["flowers"]
+    assert (endpoint.traffic, endpoint.deployment_ids) == ({"flowers.iris.1": 100}, ("flowers.iris.1",))
+
+
+def test_a_split_must_sum_to_100_and_name_deployments_that_answer(serving):
+    serving.deploy(version=2)
+    assert "must sum to 100, not 90" in serving.refused(SetTraffic(endpoint_name="flowers", traffic={"flowers.iris.1": 90})).message
+    pending = SetTraffic(endpoint_name="flowers", traffic={"flowers.iris.1": 50, "flowers.iris.2": 50})
+    assert serving.refused(pending).message == "deployment 'flowers.iris.2' is pending; it cannot take traffic"
+    unknown = SetTraffic(endpoint_name="flowers", traffic={"flowers.iris.9": 100})
+    assert serving.refused(unknown).kind is RefusalKind.NOT_FOUND
+
+
+def test_a_deployed_version_cannot_be_archived(serving):
+    error = serving.refused(ArchiveVersion(model_name="iris", version=1))
+    assert error.message == "version 1 of 'iris' is deployed to flowers; undeploy it first"
+
+
+def test_archiving_takes_the_aliases_away(serving):
+    serving.do(SetAlias(model_name="iris", alias="prod", version=2))
+    serving.do(ArchiveVersion(model_name="iris", version=2))
+    assert serving.state.models["iris"].aliases == {}
+
+
+def test_register_announces_the_version_with_everything_the_validator_needs(world):
+    spec = _spec(requirements=("scikit-learn",), example={"instances": [[1, 2, 3, 4]]})
+    (fact,) = world.do(RegisterVersion(model_name="iris", spec=spec))
+    assert fact == VersionRegistered(model_name="iris", version=1, spec=spec)
+
+
+def test_creating_an_endpoint_twice_is_the_same_endpoint_unless_it_differs(world):
+    world.do(CreateEndpoint(endpoint_name="flowers"))
+    world.do(CreateEndpoint(endpoint_name="flowers"))
+    assert world.refused(CreateEndpoint(endpoint_name="flowers", description="other")).kind is RefusalKind.CONFLICT
