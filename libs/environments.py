@@ -44,6 +44,9 @@ _LONGEST_LOCK_CHARACTERS = 524_288
 
 _PIN = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?==[A-Za-z0-9.!+_-]+")
 _HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
+_ANSWERS = ("No solution found", "HTTP status client error")
+"""The index was reached, and it said no."""
+
 _UNREACHABLE = ("Failed to fetch", "error sending request", "Request failed", "timed out", "dns error", "Connection re")
 
 
@@ -338,7 +341,9 @@ def _raise_if_transient(outcome: UvOutcome) -> None:
         return
     if "No space left on device" in outcome.stderr or "Disk quota exceeded" in outcome.stderr:
         raise EnvironmentUnavailableError("There is no space left on the disk to install packages.")
-    if "No solution found" not in outcome.stderr and any(sign in outcome.stderr for sign in _UNREACHABLE):
+    if any(sign in outcome.stderr for sign in _ANSWERS):
+        return
+    if any(sign in outcome.stderr for sign in _UNREACHABLE):
         raise EnvironmentUnavailableError(f"The package index cannot be reached: {first_cause(outcome.stderr)}")
 
 

@@ -54,6 +54,11 @@ def extract(traceparent: str | None) -> Context | None:
     return propagate.extract({"traceparent": traceparent}, context=Context()) if traceparent else None
 
 
+def checked_traceparent(traceparent: str | None) -> str | None:
+    """The ``traceparent`` if it is a valid one, else None: what strangers wrote is not passed on."""
+    return traceparent if traceparent and trace.get_current_span(extract(traceparent)).get_span_context().is_valid else None
+
+
 def current_traceparent() -> str | None:
     """W3C ``traceparent`` of the current span, or None outside of one."""
     carrier: dict[str, str] = {}

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import quote
 
 import httpx
 
-from libs.cli.errors import CommandError, PlatformUnreachable, RequestRefused, WaitTimeout
+from libs.cli.errors import CommandError, PlatformUnreachableError, RequestRefusedError, WaitTimeoutError
 
 Json = dict[str, Any]
 OnBytes = Callable[[int], None]
@@ -44,10 +45,26 @@ class Answer:
         return parsed
 
 
+class EventStream:
+    """The events of one subscription, as they come."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[Json]:
+        return server_sent(self._response.iter_lines())
+
+    def end(self) -> None:
+        """Break the connection, from whatever thread: whoever waits for the next event gets ``PlatformUnreachableError``."""
+        connection = self._response.extensions["network_stream"].get_extra_info("socket")
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
 class Client:
     """A connection to a gateway.
 
-    Every method raises ``PlatformUnreachable`` when nobody answers and ``RequestRefused`` with the gateway's own sentence when it
+    Every method raises ``PlatformUnreachableError`` when nobody answers and ``RequestRefusedError`` with the gateway's own sentence when it
     says no.
 
     Parameters
@@ -178,7 +195,7 @@ class Client:
         return list(answer["events"])
 
     @contextmanager
-    def follow_events(self, **filters: str | None) -> Iterator[Iterator[Json]]:
+    def follow_events(self, **filters: str | None) -> Iterator["EventStream"]:
         """Events from now on, each a structured CloudEvent, until the connection ends; subscribed when the block begins."""
         timeout = httpx.Timeout(EVENT_SILENCE_S, connect=CONNECT_TIMEOUT_S)
         params = {**_given(filters), "follow": "true"}
@@ -190,7 +207,7 @@ class Client:
             if response.is_error:
                 response.read()
             _check(response)
-            yield server_sent(response.iter_lines())
+            yield EventStream(response)
 
     def dead_letters(self) -> list[Json]:
         """What could not be handled, newest first."""
@@ -225,10 +242,10 @@ class Client:
             operation = self.operation(operation_id)
             if operation.get("done"):
                 if operation.get("error"):
-                    raise RequestRefused(str(operation["error"]), httpx.codes.CONFLICT)
+                    raise RequestRefusedError(str(operation["error"]), httpx.codes.CONFLICT)
                 return {**(operation.get("outcome") or {}).get("data", {}), "operation_id": operation_id}
             time.sleep(OPERATION_POLL_S)
-        raise WaitTimeout(
+        raise WaitTimeoutError(
             f"the registry has not answered for {OPERATION_TIMEOUT_S:.0f} s; the command is kept and will be carried out, "
             f"see {self.url}/api/v1/operations/{operation_id}"
         )
@@ -249,13 +266,13 @@ class Client:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise PlatformUnreachable(f"the platform does not answer at {self.url}; start it with: millrace up") from error
+            raise PlatformUnreachableError(f"the platform does not answer at {self.url}; start it with: millrace up") from error
         except httpx.TimeoutException as error:
-            raise PlatformUnreachable(f"the platform at {self.url} accepted the request and then said nothing for too long") from error
+            raise PlatformUnreachableError(f"the platform at {self.url} accepted the request and then said nothing for too long") from error
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise CommandError(f"MILLRACE_URL {self.url!r} is not a usable address: {error}") from error
         except httpx.TransportError as error:
-            raise PlatformUnreachable(f"the connection to {self.url} broke: {error or type(error).__name__}") from error
+            raise PlatformUnreachableError(f"the connection to {self.url} broke: {error or type(error).__name__}") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -311,8 +328,10 @@ def _check(response: httpx.Response) -> None:
     try:
         sentence = str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        sentence = f"{response.request.method} {response.request.url.path} was answered with {response.status_code} {response.reason_phrase}"
-    raise RequestRefused(" ".join(sentence.split()), response.status_code)
+        sentence = (
+            f"{response.request.method} {response.request.url.path} was answered with {response.status_code} {response.reason_phrase}"
+        )
+    raise RequestRefusedError(" ".join(sentence.split()), response.status_code)
 
 
 def _object(response: httpx.Response) -> Json:

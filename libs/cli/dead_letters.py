@@ -26,7 +26,9 @@ def list_dead_letters(as_json: AsJson = False) -> None:
     if as_json:
         output.show_json({"dead_letters": letters})
         return
-    rows = [(letter["id"], output.local_time(letter.get("time")), letter["consumer"], _origin(letter), letter["cause"]) for letter in letters]
+    rows = [
+        (letter["id"], output.local_time(letter.get("time")), letter["consumer"], _origin(letter), letter["cause"]) for letter in letters
+    ]
     output.table(("id", "time", "consumer", "origin", "cause"), rows)
 
 

@@ -11,6 +11,7 @@ from libs.cli.session import Session, open_session
 
 if TYPE_CHECKING:
     from libs.cli.client import Json
+    from libs.cli.stages import Report
 
 app = typer.Typer(help="Create endpoints and deploy versions to them.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -86,7 +87,9 @@ def delete(
 @app.command()
 def deploy(
     name: EndpointName,
-    model: Annotated[str, typer.Option("--model", metavar="MODEL[@VERSION|:ALIAS]", help="What to deploy; else the newest validated version.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL[@VERSION|:ALIAS]", help="What to deploy; else the newest validated version.")
+    ],
     traffic: Annotated[int | None, typer.Option("--traffic", min=0, max=100, help="Percent of the traffic it gets when ready.")] = None,
     min_replicas: Annotated[int | None, typer.Option("--min-replicas", min=1, help="Replicas to start with.")] = None,
     max_replicas: Annotated[int | None, typer.Option("--max-replicas", min=1, help="Replicas at most.")] = None,
@@ -113,7 +116,7 @@ def deploy(
             output.note(f"trace {session.trace_id}")
 
 
-def deploy_version(session: Session, endpoint: str, body: "Json", *, wait: bool) -> "Json":
+def deploy_version(session: Session, endpoint: str, body: "Json", *, wait: bool, report: "Report" = output.stage) -> "Json":
     """Deploy, and if asked wait until the deployment is ready and has its traffic; the deployment's view."""
     from libs.cli.stages import DEPLOYMENT_TIMEOUT_S, DeploymentStory, EventFeed, follow
 
@@ -123,7 +126,7 @@ def deploy_version(session: Session, endpoint: str, body: "Json", *, wait: bool)
         since = datetime.now(UTC)
         view = session.client.deploy(endpoint, body)
         story = DeploymentStory(session.client, endpoint, view["deployment_id"], int(view.get("generation") or 1))
-        return follow(story, feed, output.stage, view, since=since, timeout_s=DEPLOYMENT_TIMEOUT_S)
+        return follow(story, feed, report, view, since=since, timeout_s=DEPLOYMENT_TIMEOUT_S)
 
 
 @app.command()

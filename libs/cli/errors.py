@@ -2,10 +2,10 @@
 
 MillraceError
 ├── UsageError            the command line makes no sense · exit 2
-├── PlatformUnreachable   nobody answers at the gateway's address
-├── RequestRefused        the gateway said no, and why
-├── StageFailed           a version or deployment came to a bad end
-└── WaitTimeout           it may still happen, but we stopped waiting
+├── PlatformUnreachableError   nobody answers at the gateway's address
+├── RequestRefusedError        the gateway said no, and why
+├── StageFailedError           a version or deployment came to a bad end
+└── WaitTimeoutError           it may still happen, but we stopped waiting
 """
 
 from typing import ClassVar
@@ -25,11 +25,11 @@ class UsageError(CommandError):
     exit_code = 2
 
 
-class PlatformUnreachable(CommandError):
+class PlatformUnreachableError(CommandError):
     """Nobody answers at the gateway's address."""
 
 
-class RequestRefused(CommandError):
+class RequestRefusedError(CommandError):
     """The gateway said no; ``status`` is the HTTP status, the message its sentence."""
 
     def __init__(self, message: str, status: int) -> None:
@@ -37,9 +37,9 @@ class RequestRefused(CommandError):
         self.status = status
 
 
-class StageFailed(CommandError):
+class StageFailedError(CommandError):
     """A version or a deployment came to a bad end."""
 
 
-class WaitTimeout(CommandError):
+class WaitTimeoutError(CommandError):
     """What was waited for may still happen, but we stopped waiting."""

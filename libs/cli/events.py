@@ -55,7 +55,9 @@ def line(event: "Json") -> str:
     """An event on one line: when, about what, what happened, and the plain fields of its data."""
     kind = str(event["type"]).removeprefix("millrace.")
     data: dict[str, Any] = event.get("data") or {}
-    plain = {name: value for name, value in data.items() if isinstance(value, (str, int, float)) and value not in ("", event.get("subject"))}
+    plain = {
+        name: value for name, value in data.items() if isinstance(value, (str, int, float)) and value not in ("", event.get("subject"))
+    }
     summary = " ".join(f"{name}={value}" for name, value in plain.items())
     if len(summary) > SUMMARY_LENGTH:
         summary = summary[: SUMMARY_LENGTH - 1] + "…"

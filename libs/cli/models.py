@@ -14,6 +14,7 @@ from libs.cli.session import Session, open_session
 
 if TYPE_CHECKING:
     from libs.cli.client import Json
+    from libs.cli.stages import Report
 
 app = typer.Typer(help="Upload models, list and name their versions.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -55,7 +56,9 @@ def upload(
             output.note(f"trace {session.trace_id}")
 
 
-def upload_version(session: Session, path: Path, name: str, body: "Json", *, wait: bool) -> tuple["Json", bool]:
+def upload_version(
+    session: Session, path: Path, name: str, body: "Json", *, wait: bool, report: "Report" = output.stage
+) -> tuple["Json", bool]:
     """Upload and register a file, reporting progress; the version's view, and whether it is new."""
     from libs.cli.stages import VERSION_TIMEOUT_S, EventFeed, VersionStory, follow
 
@@ -64,14 +67,14 @@ def upload_version(session: Session, path: Path, name: str, body: "Json", *, wai
     with output.upload_progress(path.name, path.stat().st_size) as on_bytes:
         artifact = client.upload_artifact(path, on_bytes)
     if wait:
-        output.stage(f"uploaded {output.size(artifact['size_bytes'])}", time.monotonic() - started)
+        report(f"uploaded {output.size(artifact['size_bytes'])}", time.monotonic() - started)
     since = datetime.now(UTC)
     if not wait:
         return client.register_version(name, {"artifact": artifact, **body})
     with EventFeed(client, name) as feed:
         view, is_new = client.register_version(name, {"artifact": artifact, **body})
         story = VersionStory(client, name, int(view["version"]))
-        return follow(story, feed, output.stage, view, since=since if is_new else _long_ago(view), timeout_s=VERSION_TIMEOUT_S), is_new
+        return follow(story, feed, report, view, since=since if is_new else _long_ago(view), timeout_s=VERSION_TIMEOUT_S), is_new
 
 
 @app.command("list")
@@ -82,7 +85,9 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         output.show_json({"models": models})
         return
-    rows = [(model["model_name"], model["latest_version"], model.get("aliases"), output.local_time(model["updated_at"])) for model in models]
+    rows = [
+        (model["model_name"], model["latest_version"], model.get("aliases"), output.local_time(model["updated_at"])) for model in models
+    ]
     output.table(("model", "latest", "aliases", "updated"), rows)
 
 
@@ -168,7 +173,14 @@ def _show_model(model: "Json", versions: "list[Json]") -> None:
     output.fields({"model": model["model_name"], "aliases": model.get("aliases"), "created": output.local_time(model["created_at"])})
     output.say()
     rows = [
-        (version["version"], version["status"], version.get("format"), version.get("aliases"), output.local_time(version["created_at"]), version.get("reason"))
+        (
+            version["version"],
+            version["status"],
+            version.get("format"),
+            version.get("aliases"),
+            output.local_time(version["created_at"]),
+            version.get("reason"),
+        )
         for version in versions
     ]
     output.table(("version", "status", "format", "aliases", "created", "reason"), rows)

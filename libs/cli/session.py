@@ -35,7 +35,7 @@ def open_session(command: str) -> Iterator[Session]:
     provider = trace_provider(settings)
     try:
         with (
-            telemetry.tracer().start_as_current_span(f"millrace {command}", telemetry.extract(settings.traceparent)) as span,
+            provider.get_tracer("millrace").start_as_current_span(f"millrace {command}", telemetry.extract(settings.traceparent)) as span,
             connect(settings) as client,
         ):
             yield Session(client, settings, format(span.get_span_context().trace_id, "032x"))
@@ -58,9 +58,7 @@ def trace_provider(settings: "CliSettings") -> "TracerProvider":
     from libs.settings import TelemetrySettings
 
     environment = TelemetrySettings()
-    collector = environment.otel_exporter_otlp_endpoint or str(settings.platform().get("otlp_endpoint") or "")
-    provider = telemetry.configure(
-        "cli", environment.model_copy(update={"otel_exporter_otlp_endpoint": collector, "log_level": "WARNING"})
-    )
+    collector = environment.otel_exporter_otlp_endpoint or settings.collector
+    provider = telemetry.configure("cli", environment.model_copy(update={"otel_exporter_otlp_endpoint": collector, "log_level": "WARNING"}))
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     return provider

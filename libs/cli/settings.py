@@ -6,7 +6,10 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from libs.local.jaeger import OTLP_PORT, QUERY_PORT
+
 DEFAULT_URL = "http://127.0.0.1:8080"
+OTLP_URL = f"http://127.0.0.1:{OTLP_PORT}"
 
 
 class CliSettings(BaseSettings):
@@ -23,10 +26,15 @@ class CliSettings(BaseSettings):
     @property
     def gateway_url(self) -> str:
         """Base URL of the gateway, without a slash at the end."""
-        return (self.url or str(self.platform().get("url") or DEFAULT_URL)).rstrip("/")
+        return (self.url or str(self._platform().get("gateway") or DEFAULT_URL)).rstrip("/")
 
-    def platform(self) -> dict[str, object]:
-        """What the platform running in ``home`` says of itself; empty when none runs there."""
+    @property
+    def collector(self) -> str:
+        """OTLP endpoint that the platform in ``home`` sends its traces to; empty when it sends them nowhere."""
+        said = str(self._platform().get("jaeger") or "")
+        return OTLP_URL if said.endswith(f":{QUERY_PORT}") else said
+
+    def _platform(self) -> dict[str, object]:
         try:
             said = json.loads((self.home / "run" / "platform.json").read_text())
         except (OSError, ValueError):

@@ -4,11 +4,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Protocol
 
-from libs.cli.client import Client, Json
-from libs.cli.errors import StageFailed, WaitTimeout
+from libs.cli.client import Client, EventStream, Json
+from libs.cli.errors import StageFailedError, WaitTimeoutError
 from libs.errors import MillraceError
 from schemas.environment import VersionBuildFailed, VersionBuilt
 from schemas.registry import DeploymentRequested, DeploymentStatus, VersionRegistered, VersionStatus
@@ -29,6 +30,7 @@ SETTLE_S = 0.05
 """The same, once the last event was seen and only the gateway's own view of it is outstanding."""
 
 SUBSCRIBE_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 1.0
 
 _VERSION_STAGES: Mapping[str, str] = {
     VersionRegistered.event_type: VersionStatus.REGISTERED,
@@ -39,6 +41,8 @@ _VERSION_STAGES: Mapping[str, str] = {
     VersionBuildFailed.event_type: VersionStatus.BUILD_FAILED,
 }
 _VERSION_ENDS = {VersionStatus.REJECTED, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED}
+
+_LAST_STAGES = {VersionStatus.VALIDATED, *_VERSION_ENDS, DeploymentStatus.READY, DeploymentStatus.FAILED}
 
 DEPLOYED = "deployed"
 _DEPLOYMENT_STAGES: Mapping[str, str] = {
@@ -66,7 +70,7 @@ class Story(Protocol):
         ...
 
     def ended(self, view: Json) -> bool:
-        """Whether the good end is reached; raises ``StageFailed`` when a bad one is."""
+        """Whether the good end is reached; raises ``StageFailedError`` when a bad one is."""
         ...
 
 
@@ -94,7 +98,7 @@ class VersionStory:
     def ended(self, view: Json) -> bool:
         status = view.get("status")
         if status in _VERSION_ENDS:
-            raise StageFailed(_sentence(f"{self.name} is {str(status).replace('_', ' ')}", view.get("reason")))
+            raise StageFailedError(_sentence(f"{self.name} is {str(status).replace('_', ' ')}", view.get("reason")))
         return status == VersionStatus.VALIDATED
 
 
@@ -114,22 +118,21 @@ class DeploymentStory:
         return _DEPLOYMENT_STAGES.get(event["type"])
 
     def reached(self, view: Json) -> dict[str, datetime]:
-        names = {DeploymentStatus.PENDING: DEPLOYED, DeploymentStatus.READY: "ready", DeploymentStatus.FAILED: "failed"}
-        return _times(view, {str(status): stage for status, stage in names.items()})
+        return _times(view, {"requested": DEPLOYED, DeploymentStatus.READY: "ready", DeploymentStatus.FAILED: "failed"})
 
     def view(self) -> Json:
         deployments = self._client.endpoint(self._endpoint)["deployments"]
         for deployment in deployments:
             if deployment["deployment_id"] == self.name:
                 return dict(deployment)
-        raise StageFailed(f"deployment {self.name} was removed before it was ready")
+        raise StageFailedError(f"deployment {self.name} was removed before it was ready")
 
     def ended(self, view: Json) -> bool:
         status = view.get("status")
         if status == DeploymentStatus.FAILED:
-            raise StageFailed(_sentence(f"deployment {self.name} failed", view.get("reason")))
+            raise StageFailedError(_sentence(f"deployment {self.name} failed", view.get("reason")))
         if status == DeploymentStatus.REMOVING:
-            raise StageFailed(f"deployment {self.name} was removed before it was ready")
+            raise StageFailedError(f"deployment {self.name} was removed before it was ready")
         return status == DeploymentStatus.READY and view.get("pending_traffic_percent") is None
 
 
@@ -145,14 +148,18 @@ class EventFeed:
         self._entity = entity
         self._events: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._subscribed = threading.Event()
+        self._stream: EventStream | None = None
+        self._thread = threading.Thread(target=self._read, name="events", daemon=True)
 
     def __enter__(self) -> "EventFeed":
-        threading.Thread(target=self._read, name="events", daemon=True).start()
+        self._thread.start()
         self._subscribed.wait(SUBSCRIBE_TIMEOUT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to do: the thread ends with the client's connection or with the process."""
+        if self._stream is not None:
+            self._stream.end()
+        self._thread.join(END_TIMEOUT_S)
 
     def next(self, timeout_s: float) -> Json | None:
         """The next event, or None when there was none for ``timeout_s`` seconds."""
@@ -162,16 +169,12 @@ class EventFeed:
             return None
 
     def _read(self) -> None:
-        try:
-            with self._client.follow_events(entity=self._entity) as events:
-                self._subscribed.set()
-                for event in events:
-                    self._events.put(event)
-        except (MillraceError, RuntimeError):
-            # RuntimeError: httpx, when the client was closed under the stream.
-            return
-        finally:
+        with suppress(MillraceError), self._client.follow_events(entity=self._entity) as stream:
+            self._stream = stream
             self._subscribed.set()
+            for event in stream:
+                self._events.put(event)
+        self._subscribed.set()
 
 
 def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since: datetime, timeout_s: float) -> Json:
@@ -186,9 +189,9 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since:
 
     Raises
     ------
-    StageFailed
+    StageFailedError
         When it came to a bad end.
-    WaitTimeout
+    WaitTimeoutError
         When it took longer than ``timeout_s`` seconds.
     """
     deadline = time.monotonic() + timeout_s
@@ -202,12 +205,12 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since:
             return view
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            raise WaitTimeout(f"{story.name} is still {view.get('status')} after {timeout_s:.0f} s; it goes on without us")
+            raise WaitTimeoutError(f"{story.name} is still {view.get('status')} after {timeout_s:.0f} s; it goes on without us")
         event = feed.next(min(SETTLE_S if last_seen else REFRESH_S, left_s))
-        stage = story.stage(event) if event else None
-        if event and stage:
-            stages.reach(stage, _moment(event.get("time")))
-            last_seen = stage in (VersionStatus.VALIDATED, DeploymentStatus.READY) or stage in _VERSION_ENDS
+        told = story.stage(event) if event else None
+        if event and told:
+            stages.reach(told, _moment(event.get("time")))
+            last_seen = told in _LAST_STAGES
         view = story.view()
 
 

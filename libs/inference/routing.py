@@ -15,6 +15,9 @@ from schemas.registry import DeploymentSnapshot, DeploymentStatus, EndpointSnaps
 
 _SERVING = (DeploymentStatus.READY, DeploymentStatus.DEGRADED)
 
+_MAX_PLANS = 10_000
+"""Only what exists gets a plan; the bound is a safeguard."""
+
 
 class NoReplicaError(NotReadyError):
     """Deployments that should answer have no live replica at this moment; one may appear soon."""
@@ -113,14 +116,7 @@ class RoutingTable:
         NotReadyError
             When nothing has been deployed that could answer.
         """
-        key = (endpoint_name, alias, version)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plan(endpoint_name, version, alias)
-            if len(self._plans) > 10_000:
-                self._plans.clear()
-            self._plans[key] = plan
-        deployment = plan.choose(random)
+        deployment = self._planned(endpoint_name, version, alias).choose(random)
         turn = self._turns.get(deployment.deployment_id, 0)
         self._turns[deployment.deployment_id] = turn + 1
         start = turn % len(deployment.replicas)
@@ -133,11 +129,25 @@ class RoutingTable:
             deployment.replicas[start:] + deployment.replicas[:start],
         )
 
+    def check(self, endpoint_name: str, version: int | None = None, alias: str | None = None) -> None:
+        """Raise what ``pick`` would raise; nobody's turn is taken."""
+        self._planned(endpoint_name, version, alias)
+
+    def _planned(self, endpoint_name: str, version: int | None, alias: str | None) -> "_Plan":
+        key = (endpoint_name, alias, version)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(endpoint_name, version, alias)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
     def _plan(self, endpoint_name: str, version: int | None, alias: str | None) -> "_Plan":
         deployments = self.deployments_of(endpoint_name)
         traffic = self._endpoints[endpoint_name].traffic
         if version is not None or alias is not None:
-            wanted = self._named(endpoint_name, deployments, version, alias)
+            wanted = self.named(endpoint_name, version, alias)
             weights = [float(traffic.get(deployment.deployment_id, 0)) for deployment in wanted]
             if not any(weights):
                 weights = [1.0] * len(wanted)
@@ -156,9 +166,15 @@ class RoutingTable:
             raise sent_away(_nothing_ready(endpoint_name, wanted))
         return _Plan([deployment for deployment, _ in live], list(accumulate(weight for _, weight in live)))
 
-    def _named(
-        self, endpoint_name: str, deployments: Sequence[DeploymentSnapshot], version: int | None, alias: str | None
-    ) -> list[DeploymentSnapshot]:
+    def named(self, endpoint_name: str, version: int | None, alias: str | None) -> list[DeploymentSnapshot]:
+        """Deployments of a version or alias at an endpoint, ready or not: several, when it has several models.
+
+        Raises
+        ------
+        NotFoundError
+            When there is none.
+        """
+        deployments = self.deployments_of(endpoint_name)
         wanted = [
             deployment
             for deployment in deployments

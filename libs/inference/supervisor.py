@@ -218,22 +218,23 @@ class RunnerProcess:
 
 
 def _listen(address: str) -> tuple[socket.socket, str]:
+    """Return the listening socket, and the address with the port that was given."""
     kind, _, rest = address.partition(":")
+    if kind == "unix" and len(os.fsencode(rest)) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigurationError(f"the socket path {rest} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
+    listener = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET, socket.SOCK_STREAM)
     try:
         if kind == "unix":
-            if len(os.fsencode(rest)) > MAX_SOCKET_PATH_BYTES:
-                raise ConfigurationError(f"the socket path {rest} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
             Path(rest).unlink(missing_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(rest)
             os.chmod(rest, 0o600)
         else:
             host, _, port = rest.rpartition(":")
-            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             listener.bind((host, int(port)))
             rest = "{}:{}".format(*listener.getsockname())
         listener.listen(_BACKLOG)
     except (OSError, ValueError) as error:
+        listener.close()
         raise ConfigurationError(f"a runner cannot listen on {address}: {error}") from error
     return listener, f"{kind}:{rest}"
 

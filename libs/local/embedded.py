@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cluster = MockCluster(options.port, dict(_topic(text) for text in options.topic))
     except ConfigurationError as error:
         sys.exit(error.message)
-    print(NOTICE, flush=True)
+    sys.stdout.write(f"{NOTICE}\n")
+    sys.stdout.flush()
     if options.ready_file is not None:
         options.ready_file.write_text(str(os.getpid()))
     signal.sigwait(signals)

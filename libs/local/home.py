@@ -104,7 +104,8 @@ class Home:
             except OSError as error:
                 state = self.read_state()
                 raise AlreadyRunningError(
-                    f"the platform in {self.root} is already running: pid {self.holder() or 'unknown'}, gateway {state.get('gateway', 'starting')}; "
+                    f"the platform in {self.root} is already running: pid {self.holder() or 'unknown'}, "
+                    f"gateway {state.get('gateway', 'not yet listening')}; "
                     "`millrace status` shows it, `millrace down` stops it"
                 ) from error
             file.truncate(0)

@@ -64,12 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heap-mb", type=int, default=settings.kafka_heap_mb, help="largest heap, in MiB")
     options = parser.parse_args(arguments)
     try:
-        installation = install(settings.cache, print)
+        installation = install(settings.cache, lambda _: None)
         command = prepare(installation, options.home.absolute(), options.port, options.heap_mb)
     except KafkaUnavailableError as error:
         sys.exit(error.message)
-    sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execv(command[0], command)  # noqa: S606 - no shell is meant
 
 
 def install(cache: Path, progress: Callable[[str], None]) -> Installation:
@@ -164,11 +163,11 @@ def prepare(installation: Installation, home: Path, port: int, heap_mb: int) -> 
 
 
 def _format(java: Sequence[str], configuration: Path) -> None:
-    cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    command = [*java, "kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster_id.replace("-", "A", 1), "-c", configuration]
+    cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "_")
+    command = [*java, "kafka.tools.StorageTool", "format", "--ignore-formatted", "--cluster-id", cluster_id, "--config", str(configuration)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if answer.returncode:
-        raise KafkaUnavailableError(f"Kafka's storage cannot be formatted: {_last_line(answer.stderr or answer.stdout)}")
+        raise KafkaUnavailableError(f"Kafka's storage cannot be formatted: {_first_line(answer.stderr or answer.stdout)}")
 
 
 def _configuration(data: Path, port: int, controller_port: int) -> str:
@@ -289,7 +288,7 @@ def _fetch(cache: Path, progress: Callable[[str], None]) -> tuple[Path, ...]:
 def _fetch_by_maven(jars: Path) -> None:
     pom = jars.parent / "pom.xml"
     pom.write_text(_pom())
-    command = ["mvn", "-q", "-B", "-f", pom, "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
+    command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_RESOLVE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -301,7 +300,9 @@ def _fetch_by_maven(jars: Path) -> None:
 
 def _pom() -> str:
     dependencies = "".join(
-        "<dependency>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for tag, text in zip(_POM_TAGS, coordinate.split(":"), strict=True)) + "</dependency>"
+        "<dependency>"
+        + "".join(f"<{tag}>{escape(text)}</{tag}>" for tag, text in zip(_POM_TAGS, coordinate.split(":"), strict=True))
+        + "</dependency>"
         for coordinate in COORDINATES
     )
     return (
@@ -321,19 +322,20 @@ def _fetch_by_jgo(jars: Path) -> None:
 
     context = MavenContext(repo_cache=jars.parent / "repository", timeout=60)
     try:
-        inputs, others = context.resolver.resolve([context.create_dependency(coordinate) for coordinate in COORDINATES])
-        for dependency in (*inputs, *others):
+        wanted, binding = (context.create_dependency(coordinate) for coordinate in COORDINATES)
+        inputs, others = context.resolver.resolve([wanted])
+        # Resolved together, jgo lets the binding's managed versions override Kafka's; its dependencies are all Kafka's already.
+        for dependency in (*inputs, *others, binding):
             if dependency.scope in (None, "compile", "runtime"):
                 shutil.copy(dependency.artifact.resolve(), jars)
     except (RequestException, RuntimeError, ValueError) as error:
         raise KafkaUnavailableError(
-            f"jgo cannot fetch Kafka {VERSION}: {_last_line(str(error))}; is a Maven repository reachable from here?"
+            f"jgo cannot fetch Kafka {VERSION}: {_first_line(str(error))}; is a Maven repository reachable from here?"
         ) from error
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def listening_ports(processes: Iterable[psutil.Process]) -> list[int]:
     ports = set()
     for process in processes:
         with suppress(psutil.Error):
-            ports |= {each.laddr.port for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN}
+            ports |= {getattr(each.laddr, "port", 0) for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN}
     return sorted(ports)
 
 
@@ -124,7 +124,7 @@ def holder_of_port(port: int) -> str:
     """Who listens on a port, in words; only as much as this user may know."""
     with suppress(psutil.Error):
         for each in psutil.net_connections(kind="tcp"):
-            if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
+            if each.status == psutil.CONN_LISTEN and getattr(each.laddr, "port", 0) == port and each.pid:
                 with suppress(psutil.Error):
                     return f"process {each.pid} ({_short(psutil.Process(each.pid).cmdline())})"
     return "another process"
@@ -156,7 +156,7 @@ def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None
 
 def _control() -> Callable[[int, int], object]:
     if sys.platform != "linux":
-        return lambda option, value: None
+        return lambda *_: None
     control = ctypes.CDLL(None, use_errno=True).prctl
     control.argtypes = [ctypes.c_int, ctypes.c_ulong]
     return lambda option, value: control(option, value)

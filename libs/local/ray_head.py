@@ -1,21 +1,21 @@
 """A Ray head for one machine: token-authenticated, every port on loopback, nothing left when it ends.
 
 ``python -m libs.local.ray_head --home H`` stays in the foreground until SIGTERM or SIGINT and writes ``H/run/ray.json``
-(``{"address": "127.0.0.1:PORT"}``) when a driver can connect. Clients need ``client_environment(home)`` before they import ray.
+(``{"address": "127.0.0.1:PORT"}``) when a driver can connect. A driver needs ``client_environment(home)`` before it imports ray.
 
 Two small processes watch each other, so that ``kill -9`` of either leaves no orphan::
 
-    launcher (the foreground process)  ──pipe──►  keeper, leader of a session of its own
-                                                    ├── gcs_server
-                                                    └── raylet ── agents, Serve's controller, replicas … (same session)
+    launcher (in the foreground)  ──pipe──►  keeper, leader of a session of its own
+                                               ├── gcs_server
+                                               └── raylet ── agents, Serve's controller, replicas … (same session)
 
-The keeper starts Ray by Ray's own ``Node`` class, then replaces itself by a plain interpreter that only watches (Ray in the
-keeper would cost 65 MB for nothing). When the launcher is gone the keeper reads end-of-file; when the keeper is gone the launcher
-sees it end; whoever remains stops Ray, kills what is left of the session and removes the session directory. Ray's own
-agents would outlive a killed raylet by up to a minute (ray-project/ray ``_private/process_watcher.py``).
+The keeper starts Ray by Ray's own ``Node`` class, then replaces itself by a plain interpreter that only watches (to keep Ray
+loaded would cost 45 MB for nothing). When the launcher is gone the keeper reads end-of-file; when the keeper is gone the
+launcher hears of it; whoever remains kills what is left of the session. Ray's own agents would outlive a killed raylet by
+up to a minute (ray-project/ray ``_private/process_watcher.py``).
 
 ``ray start --node-ip-address=127.0.0.1`` cannot be used: it replaces a loopback address by the machine's own
-(``resolve_ip_for_localhost`` in ``_private/services.py``) and then listens on every interface.
+(``resolve_ip_for_localhost`` in ``_private/services.py``) and Ray then listens on every interface.
 """
 
 import argparse
@@ -31,45 +31,47 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from typing import Any
+
+import psutil
 
 LOOPBACK = "127.0.0.1"
 
-LOGICAL_CPUS = 64
-"""Ray's scheduling units, not cores: replicas ask for a hundredth each, so that Ray never refuses one for want of CPUs."""
+LOGICAL_CPUS = 1
+"""Scheduling units that Ray hands out, not cores: replicas ask for none, and Ray keeps as many idle workers as units are free."""
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
-"""Ray's minimum is 75 MiB; tensors do not travel through it. Pages are taken when first used."""
+"""Ray's minimum is 75 MiB. Tensors do not travel through it; a page of it costs memory when it is first used."""
 
-STOP_TIMEOUT_S = 5.0
-"""How long Ray gets to end by itself before the session is killed."""
+STOP_TIMEOUT_S = 4.0
+"""How long Ray gets to end by itself before its session is killed."""
 
 KEPT_LOGS = 3
-"""Log directories of earlier runs that are kept."""
+"""Log directories that are kept, the running one included."""
 
-_HEAD_SETTINGS = {
-    "RAY_enable_metrics_collection": "0",
-    "RAY_DASHBOARD_AGENT_LOOP_MONITOR_ENABLED": "0",
-    "RAY_event_stats": "0",
-    "RAY_enable_worker_prestart": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_task_events_report_interval_ms": "0",
-}
+_POLL_S = 0.5
+_PRELOADED = (
+    "ray.serve._private.controller",
+    "ray.serve._private.replica",
+    "libs.artifacts.factory",
+    "libs.environments",
+    "libs.inference.supervisor",
+)
 
 
 def client_environment(home: Path) -> dict[str, str]:
-    """Environment variables that a process needs before it imports ray, to be a driver of the head of ``home``.
+    """Environment that a process needs before it imports ray, to be a driver of the head of ``home``.
 
-    ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` is Ray's switch for "this cluster is one machine": addresses stay 127.0.0.1.
+    ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` is Ray's switch for "the cluster is this machine": 127.0.0.1 stays what it is.
     """
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path(home)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
     }
 
 
@@ -81,3 +83,190 @@ def token_path(home: Path) -> Path:
 def address_path(home: Path) -> Path:
     """The file that says where the head listens; it exists while the head is ready."""
     return home.absolute() / "run" / "ray.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the head of a home; the exit status is 0 when it was told to stop."""
+    parser = argparse.ArgumentParser(prog="python -m libs.local.ray_head", description="A Ray head on loopback.")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--keep", type=Path, metavar="SESSION_DIRECTORY", help=argparse.SUPPRESS)
+    parser.add_argument("--watch", type=int, nargs=2, metavar=("GCS_PID", "RAYLET_PID"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    home = given.home.absolute()
+    if given.watch is not None:
+        return _watch(given.keep, *given.watch)
+    if given.keep is not None:
+        return _keep(home, given.keep)
+    return _launch(home)
+
+
+def _launch(home: Path) -> int:
+    for directory in (home / "run", home / "logs" / "ray", home / "secrets"):
+        directory.mkdir(parents=True, exist_ok=True)
+    (home / "secrets").chmod(0o700)
+    (home / "logs" / "ray").chmod(0o700)
+    with (home / "run" / "ray.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"a Ray head of {home} is already running", file=sys.stderr)
+            return 1
+        _write_token(token_path(home))
+        _remove_stale(home)
+        session = _session_directory(home)
+        try:
+            return _run_keeper(home, session)
+        finally:
+            _remove_stale(home)
+
+
+def _run_keeper(home: Path, session: Path) -> int:
+    watched = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "libs.local.ray_head", "--home", str(home), "--keep", str(session)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, **client_environment(home), **_server_environment()},
+    )
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    asked = False
+    while keeper.poll() is None and not asked:
+        asked = signal.sigwait(watched) != signal.SIGCHLD
+    if keeper.stdin is not None:
+        keeper.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        keeper.wait(STOP_TIMEOUT_S + 1)
+    _kill_session(keeper.pid)
+    keeper.wait()
+    if not asked:
+        print(f"Ray ended by itself; its logs are in {home / 'logs' / 'ray'}", file=sys.stderr)
+    return 0 if asked else 1
+
+
+def _server_environment() -> dict[str, str]:
+    """What Ray's processes are told on top of what drivers are told; the figures are CPU of one core of two, idle.
+
+    ``RAY_worker_niceness`` is 15 by default, which the runners would inherit.
+    """
+    return {
+        "RAY_preload_python_modules": ",".join(_PRELOADED),
+        "RAY_prestart_worker_first_driver": "1",
+        "RAY_worker_maximum_startup_concurrency": "2",
+        "RAY_worker_niceness": "0",
+        "RAY_event_stats": "0",
+        "RAY_task_events_report_interval_ms": "0",
+    }
+
+
+def _keep(home: Path, session: Path) -> int:
+    """Start Ray, say where it listens, then become the process that watches it."""
+    import ray._private.utils
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    class LoopbackHead(Node):  # type: ignore[misc]  # ray is not typed here
+        """A head without the dashboard's server, which Ray starts even when the dashboard is off."""
+
+        def start_api_server(self, **_: Any) -> None:
+            """Start nothing."""
+
+    # Ray starts the per-node agent in its minimal form, without HTTP, gRPC and metrics servers, when the dashboard's
+    # packages are missing; it has no other switch for that.
+    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("switched off")
+    parameters = RayParams(
+        node_ip_address=LOOPBACK,
+        num_cpus=LOGICAL_CPUS,
+        num_gpus=0,
+        object_store_memory=OBJECT_STORE_BYTES,
+        temp_dir=str(session),
+        session_name="session",
+        include_dashboard=False,
+        include_log_monitor=False,
+        no_monitor=True,
+    )
+    node = LoopbackHead(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+    partial = address_path(home).with_suffix(".partial")
+    partial.write_text(json.dumps({"address": node.gcs_address}))
+    partial.replace(address_path(home))
+    pids = [str(node.all_processes[kind][0].process.pid) for kind in ("gcs_server", "raylet")]
+    program = [sys.executable, "-m", "libs.local.ray_head", "--home", str(home), "--keep", str(session), "--watch", *pids]
+    os.execv(sys.executable, program)
+
+
+def _watch(session: Path, gcs_pid: int, raylet_pid: int) -> int:
+    """Wait until the launcher is gone (end of file) or one of the two has ended, then end all of the session."""
+    alive = {gcs_pid, raylet_pid}
+    asked = False
+    while len(alive) == 2 and not asked:
+        asked = bool(select.select([sys.stdin], [], [], _POLL_S)[0])
+        _reap(alive)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for pid in (raylet_pid, gcs_pid):
+        if pid in alive:
+            os.kill(pid, signal.SIGTERM)
+        while pid in alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+            _reap(alive)
+    _kill_session(os.getpid())
+    shutil.rmtree(session, ignore_errors=True)
+    return 0 if asked else 1
+
+
+def _reap(alive: set[int]) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            alive.discard(pid)
+
+
+def _kill_session(leader: int) -> None:
+    """Kill everything in a session but this process, until nothing is left of it."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while (left := _members(leader)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _members(leader: int) -> list[int]:
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(pid) == leader and pid != os.getpid() and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
+
+
+def _session_directory(home: Path) -> Path:
+    """Make a private directory with a short path (a socket's path has 107 bytes at most) and point Ray's logs into the home."""
+    session = Path(tempfile.mkdtemp(prefix="millrace-ray-", dir="/tmp"))  # noqa: S108 (made with mode 0700)
+    (home / "run" / "ray.session").write_text(str(session))
+    logs = home / "logs" / "ray"
+    for old in sorted(logs.iterdir())[: -(KEPT_LOGS - 1)]:
+        shutil.rmtree(old, ignore_errors=True)
+    current = logs / time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    current.mkdir(exist_ok=True)
+    (session / "session").mkdir()
+    (session / "session" / "logs").symlink_to(current)
+    return session
+
+
+def _remove_stale(home: Path) -> None:
+    """Remove what a head that has ended, however it ended, left: its address and its session directory."""
+    address_path(home).unlink(missing_ok=True)
+    marker = home / "run" / "ray.session"
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(marker.read_text(), ignore_errors=True)
+        marker.unlink()
+
+
+def _write_token(path: Path) -> None:
+    """Write a new token, readable by the owner only; every start of the head has another."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,7 +33,11 @@ class LocalSettings(BaseSettings):
         description="Brokers to use instead of one that `up` starts, comma-separated host:port.",
     )
     kafka_port: int = Field(
-        9092, ge=1, le=65535, validation_alias=AliasChoices("MILLRACE_KAFKA_PORT"), description="Loopback port of the broker that `up` starts."
+        9092,
+        ge=1,
+        le=65535,
+        validation_alias=AliasChoices("MILLRACE_KAFKA_PORT"),
+        description="Loopback port of the broker that `up` starts.",
     )
     kafka_heap_mb: int = Field(
         384,
@@ -45,7 +49,9 @@ class LocalSettings(BaseSettings):
     http_port: int = Field(
         8080, ge=1, le=65535, validation_alias=AliasChoices("GATEWAY_HTTP_PORT"), description="Port of the gateway's HTTP door."
     )
-    http_host: str = Field("127.0.0.1", validation_alias=AliasChoices("GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door.")
+    http_host: str = Field(
+        "127.0.0.1", validation_alias=AliasChoices("GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door."
+    )
     otlp_endpoint: str = Field(
         "",
         validation_alias=AliasChoices("OTEL_EXPORTER_OTLP_ENDPOINT"),

@@ -60,6 +60,8 @@ class Part:
         How long it may take to become ready; how long it gets between SIGTERM and SIGKILL.
     restarts_dependents
         Its death takes with it what the others rely on: they are restarted when it is back.
+    required
+        Whether the rest is worth nothing without it; if not, the others go on when it does not start.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Part:
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 10.0
     restarts_dependents: bool = False
+    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ class Running:
     restarts: int = 0
     detail: str = ""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    lapsed: asyncio.Event = field(default_factory=asyncio.Event)
     process: asyncio.subprocess.Process | None = None
     restart_asked: bool = False
 
 
-class _NotReady(Exception):
+class _NotReadyError(Exception):
     """The part died or took too long before it was ready."""
 
 
@@ -149,7 +153,7 @@ class Supervisor:
         run_directory: Path,
         environment: Mapping[str, str],
         on_event: Callable[[Event], None],
-        backoff: Backoff = Backoff(),  # noqa: B008 - frozen
+        backoff: Backoff = Backoff(),
         attempts: int = 3,
     ) -> None:
         self.parts = {part.name: Running(part) for part in parts}
@@ -231,7 +235,7 @@ class Supervisor:
                 self._change(running, State.READY)
                 running.ready.set()
                 reason = await self._until_exit(running)
-            except _NotReady as error:
+            except _NotReadyError as error:
                 reason = str(error)
             running.ready.clear()
             await self._end(running)
@@ -241,13 +245,21 @@ class Supervisor:
                 continue
             failures = 1 if time.monotonic() - began > self._backoff.stable_s else failures + 1
             if not was_ready and failures >= self._attempts:
-                raise self._failure(running, reason)
+                await self._give_up(running, reason)
             if running.part.restarts_dependents and was_ready:
                 self._restart_dependents(running)
             delay_s = self._backoff.delay_s(failures)
             self._change(running, State.EXITED, f"{reason}; restarting in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             running.restarts += 1
+
+    async def _give_up(self, running: Running, reason: str) -> None:
+        failure = self._failure(running, reason)
+        if running.part.required:
+            raise failure
+        self._change(running, State.EXITED, failure.message)
+        running.ready.set()
+        await self._stop_asked.wait()
 
     async def _start(self, running: Running) -> None:
         part = running.part
@@ -279,7 +291,7 @@ class Supervisor:
                     preexec_fn=processes.child_setup(),
                 )
         except OSError as error:
-            raise _NotReady(f"`{part.argv[0]}` cannot be run: {error.strerror}") from error
+            raise _NotReadyError(f"`{part.argv[0]}` cannot be run: {error.strerror}") from error
         finally:
             self._spawning -= 1
         running.pid = running.process.pid
@@ -290,10 +302,10 @@ class Supervisor:
             async with asyncio.timeout(part.start_timeout_s):
                 while not await self._is_ready(running):
                     if running.process is not None and running.process.returncode is not None:
-                        raise _NotReady(_ending(running.process.returncode))
+                        raise _NotReadyError(_ending(running.process.returncode))
                     await asyncio.sleep(_POLL_S)
         except TimeoutError as error:
-            raise _NotReady(f"not ready after {part.start_timeout_s:g} s") from error
+            raise _NotReadyError(f"not ready after {part.start_timeout_s:g} s") from error
 
     async def _is_ready(self, running: Running) -> bool:
         part = running.part
@@ -309,21 +321,17 @@ class Supervisor:
 
     async def _until_exit(self, running: Running) -> str:
         if running.process is None:
-            await self._changed_dependency(running)
+            running.lapsed.clear()
+            await running.lapsed.wait()
             return "what it depends on went away"
         return _ending(await running.process.wait())
-
-    async def _changed_dependency(self, running: Running) -> None:
-        """A condition holds for ever, unless it is asked to be established anew."""
-        running.ended.clear()
-        await running.ended.wait()
 
     def _restart_dependents(self, running: Running) -> None:
         for other in self.parts.values():
             if running.part.name in other.part.after and not other.restart_asked:
                 other.restart_asked = True
                 if other.process is None:
-                    other.ended.set()
+                    other.lapsed.set()
                 else:
                     self._signal(other, signal.SIGTERM)
                 self._restart_dependents(other)
@@ -347,25 +355,25 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         """Each part ends after everything that depends on it has."""
-        for running in self.parts.values():
-            running.ended.clear()
         await asyncio.gather(*(self._stop(running) for running in self.parts.values()))
 
     async def _stop(self, running: Running) -> None:
         for other in self.parts.values():
             if running.part.name in other.part.after:
-                await other.ended.wait()
+                await other.stopped.wait()
         if running.process is not None:
             self._change(running, State.STOPPING)
             await self._end(running)
         running.ready.clear()
         self._change(running, State.STOPPED)
-        running.ended.set()
+        running.stopped.set()
 
     def _failure(self, running: Running, reason: str) -> PartFailedError:
         log = self._logs / f"{running.part.name}.log"
         where = f"; its log is {log}" if running.part.argv else ""
-        return PartFailedError(f"{running.part.name} does not start: {reason}{where}", processes.last_lines(log) if running.part.argv else ())
+        return PartFailedError(
+            f"{running.part.name} does not start: {reason}{where}", processes.last_lines(log) if running.part.argv else ()
+        )
 
     def _change(self, running: Running, state: State, detail: str = "") -> None:
         running.state = state

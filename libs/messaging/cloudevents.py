@@ -25,6 +25,9 @@ from schemas.topics import PAYLOADS
 _NAMESPACE = uuid.UUID("6d696c6c-7261-4365-8000-6576656e7473")
 _CONTENT_TYPE = b"application/json"
 
+MAX_ATTRIBUTE_CHARS = 1024
+"""Longest envelope attribute that is read: ids and sources travel on in every event that follows."""
+
 Clock = Callable[[], datetime]
 P = TypeVar("P", bound=Payload)
 P_co = TypeVar("P_co", bound=Payload, covariant=True)
@@ -105,7 +108,7 @@ def tombstone(topic: str, entity: str) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A CloudEvent whose data has not been looked at yet."""
+    """A CloudEvent whose data has not been looked at yet; an event without a time gets that of its record."""
 
     id: str
     type: str
@@ -127,10 +130,8 @@ def read_envelope(record: Record) -> Envelope:
     """
     if record.value is None:
         raise InvalidMessage("the record has no value")
-    if record.header("ce_specversion") is not None or record.header("ce_type") is not None:
-        attributes = {name[3:]: record.header(name) for name, _ in record.headers if name.startswith("ce_")}
-        return _envelope(attributes, record.value, record.header("traceparent"))
-    return _structured(record)
+    attributes = {name[3:]: record.header(name) for name, _ in record.headers if name.startswith("ce_")}
+    return _envelope(attributes, record.value, record) if attributes else _structured(record)
 
 
 def _structured(record: Record) -> Envelope:
@@ -143,18 +144,21 @@ def _structured(record: Record) -> Envelope:
     if "data_base64" in body:
         raise InvalidMessage("a structured CloudEvent must carry its data as JSON, not as data_base64")
     attributes: dict[str, str | None] = {name: value for name, value in body.items() if isinstance(value, str) and name != "data"}
-    return _envelope(attributes, orjson.dumps(body.get("data")), attributes.get("traceparent") or record.header("traceparent"))
+    return _envelope(attributes, orjson.dumps(body.get("data")), record)
 
 
-def _envelope(attributes: dict[str, str | None], data: bytes, traceparent: str | None) -> Envelope:
+def _envelope(attributes: dict[str, str | None], data: bytes, record: Record) -> Envelope:
     for name in ("specversion", "id", "type", "source"):
         if not attributes.get(name):
             raise InvalidMessage(f"the CloudEvent has no {name}")
+    for name, value in attributes.items():
+        if value is not None and len(value) > MAX_ATTRIBUTE_CHARS:
+            raise InvalidMessage(f"the CloudEvent's {name[:64]} has {len(value)} characters; at most {MAX_ATTRIBUTE_CHARS} are read")
     if attributes["specversion"] != "1.0":
         raise InvalidMessage(f"CloudEvents specversion {attributes['specversion']!r} is not supported; 1.0 is")
     time = attributes.get("time")
     try:
-        moment = datetime.fromisoformat(time) if time else datetime.fromtimestamp(0, UTC)
+        moment = datetime.fromisoformat(time) if time else datetime.fromtimestamp(max(record.timestamp_ms, 0) / 1000, UTC)
     except ValueError as error:
         raise InvalidMessage(f"the CloudEvent's time {time!r} is not RFC 3339") from error
     identity = str(attributes["id"])
@@ -166,7 +170,7 @@ def _envelope(attributes: dict[str, str | None], data: bytes, traceparent: str |
         data=data,
         correlation_id=attributes.get("correlationid") or identity,
         causation_id=attributes.get("causationid"),
-        traceparent=traceparent,
+        traceparent=telemetry.checked_traceparent(record.header("traceparent") or attributes.get("traceparent")),
     )
 
 

@@ -1,46 +1,53 @@
 """Dead letters: a record that cannot be handled is kept with its cause, and can be put back."""
 
 import base64
+from dataclasses import replace
 from datetime import datetime
 
+from libs import telemetry
 from libs.errors import InvalidMessage
 from libs.messaging import cloudevents
 from libs.messaging.records import Record
 from schemas.dead_letter import DeadLetter
 
-MAX_VALUE_BYTES = 524_288
-"""Base64 of so much still fits a record of 1 MiB."""
+MAX_ORIGINAL_BYTES = 655_360
+"""Largest original that is carried: base64 makes 853 KiB of it, which leaves room for the rest in a record of 1 MiB."""
+
+MAX_CAUSE_CHARS = 4096
+
+_MAX_KEY_BYTES = 4096
 
 
 def dead_letter(record: Record, error: Exception, consumer: str, now: datetime) -> Record:
-    """The record for the dead-letter topic; its id derives from the origin, so a repeat is the same dead letter."""
-    event_id = record.header("ce_id")
-    value = record.value if record.value is None or len(record.value) <= MAX_VALUE_BYTES else None
+    """The record for the dead-letter topic; its id derives from the origin and the consumer, so a repeat is the same dead letter."""
+    event_id = _short(record.header("ce_id"))
+    place = f"{record.topic}-{record.partition}-{record.offset}"
+    fits = record.size_bytes <= MAX_ORIGINAL_BYTES
     data = DeadLetter(
         origin_topic=record.topic,
         origin_partition=record.partition,
         origin_offset=record.offset,
         consumer=consumer,
-        cause=str(error) or repr(error),
+        cause=(str(error) or repr(error))[:MAX_CAUSE_CHARS],
         error=type(error).__name__,
         event_id=event_id,
-        key_base64=_encode(record.key),
-        value_base64=_encode(value),
-        value_truncated=value is not record.value,
-        headers_base64=tuple((name, base64.b64encode(content or b"").decode()) for name, content in record.headers),
+        key_base64=_encode(record.key) if fits else None,
+        value_base64=_encode(record.value) if fits else None,
+        value_truncated=not fits,
+        headers_base64=tuple((name, base64.b64encode(content or b"").decode()) for name, content in record.headers) if fits else (),
     )
-    place = f"{record.topic}-{record.partition}-{record.offset}"
     event = cloudevents.Event(
-        id=cloudevents.derived_id(place, data.event_type),
+        id=cloudevents.derived_id(place, data.event_type, consumer),
         type=data.event_type,
         source=f"/millrace/{consumer}",
         time=now,
         data=data,
-        correlation_id=record.header("ce_correlationid") or event_id or place,
+        correlation_id=_short(record.header("ce_correlationid")) or event_id or place,
         causation_id=event_id,
-        traceparent=record.header("traceparent"),
+        traceparent=telemetry.current_traceparent() or telemetry.checked_traceparent(record.header("traceparent")),
     )
-    return cloudevents.write(event)
+    key = record.key if record.key is not None and len(record.key) <= _MAX_KEY_BYTES else None
+    return replace(cloudevents.write(event), key=key)
 
 
 def original(letter: DeadLetter) -> Record:
@@ -49,15 +56,19 @@ def original(letter: DeadLetter) -> Record:
     Raises
     ------
     InvalidMessage
-        When the value was too large to be carried.
+        When the record was too large to be carried.
     """
     if letter.value_truncated:
         raise InvalidMessage(
-            f"the value was too large to be kept; it still stands at {letter.origin_topic}-{letter.origin_partition} "
+            f"the record was too large to be kept; it still stands at {letter.origin_topic}-{letter.origin_partition} "
             f"offset {letter.origin_offset} until that topic's retention removes it"
         )
     headers = tuple((name, base64.b64decode(content)) for name, content in letter.headers_base64)
     return Record(letter.origin_topic, _decode(letter.key_base64), _decode(letter.value_base64), headers)
+
+
+def _short(attribute: str | None) -> str | None:
+    return attribute if attribute and len(attribute) <= cloudevents.MAX_ATTRIBUTE_CHARS else None
 
 
 def _encode(content: bytes | None) -> str | None:

@@ -9,3 +9,7 @@ class FencedError(MillraceError):
 
 class StoppingError(Exception):
     """The process is stopping, so what was begun is left undone: its offset stays uncommitted. Not an error of the platform."""
+
+
+class BrokenClientError(MillraceError):
+    """A client of the broker has ended for good; the process must start again."""

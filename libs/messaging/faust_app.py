@@ -1,70 +1,105 @@
-"""The faust app factory: a Processor behind a faust agent, with the same rules as ``consumer.ConsumerRunner``."""
+"""Faust as a way to consume: the app factory, and a runner on it with the same rules as ``consumer.ConsumerRunner``.
+
+Faust (0.15) brings group membership, fetching, flow control and, for whoever needs them, tables. What it acknowledges and commits by
+itself is not used: it acknowledges a record also when its handler was cancelled, and when a rebalance made it skip the record, so a record
+could be lost. Its topics are therefore read with ``acks=False``, and the offsets of handled records are committed by the runner.
+"""
 
 import asyncio
-import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import faust
-from faust.types import EventT
+from aiokafka import AIOKafkaConsumer
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from yarl import URL
 
-from libs.messaging.broker import Broker
+from libs.errors import TransientError
+from libs.messaging.broker import Broker, Offsets
+from libs.messaging.consumer import ConsumerRunner
+from libs.messaging.errors import BrokenClientError
+from libs.messaging.kafka import group_member
+from libs.messaging.loop import GRACE_S
 from libs.messaging.processing import Processor
 from libs.messaging.records import Record
 from libs.settings import KafkaSettings
 
-log = logging.getLogger(__name__)
+_AHEAD_RECORDS = 100
+"""Records fetched ahead of the handler."""
 
 
-class FaustRunner:
-    """Consumes topics with faust as group ``group``: record → processor → published and acknowledged → faust commits the offset.
+class FaustRunner(ConsumerRunner):
+    """A ConsumerRunner that reads through a faust app."""
 
-    Faust's web server, tables and topic declarations are off: the platform creates the topics, and state lives in the log.
-    """
+    def __init__(
+        self, settings: KafkaSettings, broker: Broker, topics: Sequence[str], group: str, processor: Processor, *, grace_s: float = GRACE_S
+    ) -> None:
+        super().__init__(broker, topics, group, processor, consumer=FaustConsumer(settings, topics, group), grace_s=grace_s)
 
-    def __init__(self, settings: KafkaSettings, broker: Broker, topics: list[str], group: str, processor: Processor) -> None:
-        self._producer = broker.producer()
-        self._processor = processor
-        self._failed: asyncio.Future[None] | None = None
+
+class FaustConsumer:
+    """A ``broker.Consumer`` on a faust app: an agent hands over every record, offsets are committed through faust."""
+
+    def __init__(self, settings: KafkaSettings, topics: Sequence[str], group: str) -> None:
+        self._timeout_s = settings.request_timeout_ms / 1000
+        self._group = group
+        self._fetched: asyncio.Queue[Record] = asyncio.Queue(_AHEAD_RECORDS)
         self._assigned = asyncio.Event()
-        self.app = _app(settings, group)
+        self.app = faust_app(settings, group)
         self.app.on_partitions_assigned.connect(self._on_assigned)
-        self.app.agent(self.app.topic(*topics, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw"))(
-            self._consume
-        )
+        self.app.on_partitions_revoked.connect(self._on_revoked)
+        channel = self.app.topic(*topics, acks=False, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
+        self.app.agent(channel, name=group)(self._fetch)
 
     async def start(self) -> None:
-        self._failed = asyncio.get_running_loop().create_future()
-        await self._producer.start()
-        self.app.finalize()
-        await self.app.start()
-        await self._assigned.wait()
-
-    async def run(self) -> None:
-        assert self._failed is not None
-        await self._failed
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self.app.start()
+                await self._assigned.wait()
+        except TimeoutError as error:
+            raise TransientError(f"the group {self._group} got no partitions within {self._timeout_s:g} s") from error
 
     async def stop(self) -> None:
         await self.app.stop()
-        await self._producer.stop()
 
-    async def _consume(self, stream: Any) -> None:
+    async def get_many(self, max_records: int, timeout_s: float) -> Sequence[Record]:
+        self._check()
+        try:
+            records = [await asyncio.wait_for(self._fetched.get(), timeout_s)]
+        except TimeoutError:
+            return []
+        while len(records) < max_records and not self._fetched.empty():
+            records.append(self._fetched.get_nowait())
+        return records
+
+    async def commit(self, offsets: Offsets) -> None:
+        self._check()
+        consumer = cast(driver.Consumer, self.app.consumer)
+        await consumer._commit_offsets({TP(place.topic, place.partition): offset for place, offset in offsets.items()})
+        self._check()
+
+    def _check(self) -> None:
+        if self.app.crashed:
+            raise BrokenClientError(f"the consumer of {self._group} cannot go on: {self.app.crash_reason!r}")
+
+    async def _fetch(self, stream: faust.StreamT[Any]) -> None:
         async for event in stream.events():
-            try:
-                follow = await self._processor.process(_record(event))
-                if follow:
-                    await self._producer.send(follow)
-            except Exception as error:  # noqa: BLE001 - handed to `run`, which ends the process; the offset stays uncommitted
-                if self._failed is not None and not self._failed.done():
-                    self._failed.set_exception(error)
-                await asyncio.Event().wait()
+            await self._fetched.put(_record(event.message))
 
-    async def _on_assigned(self, _app: Any, **_: Any) -> None:
+    async def _on_assigned(self, *_: Any, **__: Any) -> None:
         self._assigned.set()
 
+    async def _on_revoked(self, *_: Any, **__: Any) -> None:
+        """What waits here will be fetched again, by this instance or another."""
+        while not self._fetched.empty():
+            self._fetched.get_nowait()
 
-def _app(settings: KafkaSettings, group: str) -> faust.App:
+
+def faust_app(settings: KafkaSettings, group: str) -> faust.App:
+    """A faust app that is a member of ``group``, reads committed records only and declares no topics; it opens nothing by itself."""
     servers = ";".join(f"kafka://{server}" for server in settings.bootstrap_servers.split(","))
-    return faust.App(
+    app = faust.App(
         group,
         broker=servers,
         origin="services",
@@ -73,27 +108,40 @@ def _app(settings: KafkaSettings, group: str) -> faust.App:
         topic_allow_declare=False,
         topic_disable_leader=True,
         consumer_auto_offset_reset="earliest",
-        consumer_group_instance_id=None if settings.embedded else f"{group}-{settings.group_instance}",
+        consumer_group_instance_id=group_member(settings, group),
+        broker_request_timeout=settings.request_timeout_ms / 1000,
         broker_session_timeout=settings.session_timeout_ms / 1000,
         broker_heartbeat_interval=settings.session_timeout_ms / 3000,
+        # A model environment may take minutes to build; liveness is what heartbeats are for.
         broker_max_poll_interval=3600.0,
-        broker_max_poll_records=100,
-        broker_commit_interval=0.5,
+        broker_max_poll_records=_AHEAD_RECORDS,
         stream_wait_empty=False,
         store="memory://",
         processing_guarantee="at_least_once",
     )
+    app.transport = _ReadCommittedTransport([URL(server) for server in servers.split(";")], app)
+    return app
 
 
-def _record(event: EventT) -> Record:
-    message = event.message
+class _ReadCommittedThread(driver.AIOKafkaConsumerThread):
+    """Faust reads uncommitted records unless it is itself transactional; the registry's aborted transactions must not be seen."""
+
+    def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._isolation_level = "read_committed"
+        return consumer
+
+
+class _ReadCommittedConsumer(driver.Consumer):
+    def _new_consumer_thread(self) -> driver.AIOKafkaConsumerThread:
+        return _ReadCommittedThread(self, loop=self.loop, beacon=self.beacon)
+
+
+class _ReadCommittedTransport(driver.Transport):
+    Consumer = _ReadCommittedConsumer
+
+
+def _record(message: Any) -> Record:
     headers = message.headers.items() if isinstance(message.headers, dict) else message.headers or ()
-    return Record(
-        message.topic,
-        message.key,
-        message.value,
-        tuple((name, value) for name, value in headers),
-        message.partition,
-        message.offset,
-        int(message.timestamp * 1000) if message.timestamp else -1,
-    )
+    timestamp_ms = -1 if message.timestamp is None else int(message.timestamp * 1000)
+    return Record(message.topic, message.key, message.value, tuple(headers), message.partition, message.offset, timestamp_ms)

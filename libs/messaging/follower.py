@@ -1,15 +1,13 @@
 """A view of whole topics: read from the beginning until caught up, then kept up to date."""
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 
-from libs.errors import TransientError
 from libs.messaging.broker import Broker
-from libs.messaging.processing import Retry
+from libs.messaging.consumer import POLL_S
+from libs.messaging.loop import Loop
 from libs.messaging.records import Record
-
-log = logging.getLogger(__name__)
+from libs.messaging.retry import Retry, keep_trying
 
 
 class Follower:
@@ -29,29 +27,22 @@ class Follower:
     def __init__(self, broker: Broker, topics: Sequence[str], apply: Callable[[Record], None], last_records: int | None = None) -> None:
         self._reader = broker.reader(topics, last_records)
         self._apply = apply
-        self._stopping = False
+        self._stopping = asyncio.Event()
+        self._loop = Loop(f"follower of {', '.join(topics)}", self._step, self._stopping)
 
     async def start(self) -> None:
         await self._reader.start()
         ends = await self._reader.end_offsets()
         while not await self._reader.is_at(ends):
-            await self._step(0.1)
+            await self._step()
 
     async def run(self) -> None:
-        attempt = 0
-        while not self._stopping:
-            try:
-                await self._step(1.0)
-                attempt = 0
-            except TransientError as error:
-                attempt += 1
-                log.warning("following the log failed, trying again: %s", error)
-                await asyncio.sleep(Retry().delay_s(attempt))
+        await self._loop.run()
 
     async def stop(self) -> None:
-        self._stopping = True
+        await self._loop.stop()
         await self._reader.stop()
 
-    async def _step(self, timeout_s: float) -> None:
-        for record in await self._reader.get_many(1_000, timeout_s):
+    async def _step(self) -> None:
+        for record in await keep_trying(lambda: self._reader.get_many(1_000, POLL_S), Retry(), self._stopping):
             self._apply(record)

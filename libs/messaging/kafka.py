@@ -1,115 +1,168 @@
 """The log on Kafka, by aiokafka."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka import TopicPartition as KafkaPartition
-from aiokafka.errors import (
-    InvalidProducerEpoch,
-    KafkaError,
-    MessageSizeTooLargeError,
-    ProducerFenced,
-    RecordTooLargeError,
-)
+from aiokafka.errors import InvalidProducerEpoch, KafkaError, ProducerFenced
 
-from libs.errors import PayloadTooLargeError, TransientError
-from libs.messaging.broker import Offsets
+from libs.errors import TransientError
+from libs.messaging.broker import Offsets, TransactionalProducer
 from libs.messaging.errors import FencedError
-from libs.messaging.records import Record, TopicPartition
+from libs.messaging.records import MAX_RECORD_BYTES, Record, TopicPartition, refuse_oversized
 from libs.settings import KafkaSettings
 
-MAX_RECORD_BYTES = 1_048_576
-"""What a Kafka broker accepts by default (``message.max.bytes`` is a little more)."""
+_STOP_S = 5.0
+"""Longest wait for a broker that does not answer any more when a client stops."""
 
-_TOO_LARGE = (MessageSizeTooLargeError, RecordTooLargeError)
+_FETCH_BYTES = 4 * MAX_RECORD_BYTES
 
 
-class KafkaProducer:
+class _KafkaClient:
+    """Settings and the translation of aiokafka's errors."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._settings = settings
+        self._timeout_s = settings.request_timeout_ms / 1000
+
+    @contextmanager
+    def _translating(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (ProducerFenced, InvalidProducerEpoch) as error:
+            raise FencedError(f"{doing} was refused: another instance with the same transactional id has taken over") from error
+        except (KafkaError, TimeoutError) as error:
+            raise TransientError(f"{doing} at {self._settings.bootstrap_servers} failed: {error!r}") from error
+
+
+class KafkaProducer(_KafkaClient):
     """An idempotent producer: acknowledged by all replicas, in order, without duplicates from its own retries."""
 
     def __init__(self, settings: KafkaSettings, transactional_id: str | None = None) -> None:
-        self._settings = settings
+        super().__init__(settings)
         self._transactional_id = transactional_id
         self._producer: AIOKafkaProducer | None = None
+        self._connecting = asyncio.Lock()
+        self._is_started = False
 
     async def start(self) -> None:
+        self._producer = await self._connected()
+        self._is_started = True
+
+    async def stop(self) -> None:
+        self._is_started = False
+        await self._drop(self._producer)
+
+    async def send(self, records: Sequence[Record]) -> None:
+        refuse_oversized(records)
+        producer = await self._usable()
+        try:
+            with self._translating("sending"):
+                async with asyncio.timeout(self._timeout_s):
+                    await asyncio.gather(*[await _sent(producer, record) for record in records])
+        except TransientError:
+            if self._transactional_id is None:
+                await self._drop(producer)
+            raise
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        producer = await self._usable()
+        with self._translating("the transaction"):
+            async with asyncio.timeout(self._timeout_s):
+                await producer.begin_transaction()
+            try:
+                yield
+            except BaseException:
+                await self._abort(producer)
+                raise
+            async with asyncio.timeout(self._timeout_s):
+                await producer.commit_transaction()
+
+    async def send_offsets(self, offsets: Offsets, group: str) -> None:
+        producer = await self._usable()
+        with self._translating("committing offsets in the transaction"):
+            async with asyncio.timeout(self._timeout_s):
+                await producer.send_offsets_to_transaction({KafkaPartition(*place): offset for place, offset in offsets.items()}, group)
+
+    async def _abort(self, producer: AIOKafkaProducer) -> None:
+        """Abort as well as possible; whatever remains open is aborted by the broker when the next instance starts."""
+        if producer._txn_manager.is_fatal_error():
+            return
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await producer.abort_transaction()
+        except (KafkaError, TimeoutError):
+            return
+
+    async def _connected(self) -> AIOKafkaProducer:
         producer = AIOKafkaProducer(
             bootstrap_servers=self._settings.bootstrap_servers,
             enable_idempotence=True,
             acks="all",
-            max_request_size=MAX_RECORD_BYTES,
+            max_request_size=2 * MAX_RECORD_BYTES,
             request_timeout_ms=self._settings.request_timeout_ms,
             transactional_id=self._transactional_id,
         )
-        try:
-            await producer.start()
-        except KafkaError as error:
-            await producer.stop()
-            raise TransientError(f"the broker at {self._settings.bootstrap_servers} cannot be used: {error!r}") from error
-        self._producer = producer
+        with self._translating("connecting a producer"):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await producer.start()
+            except BaseException:
+                await _stopped(producer)
+                raise
+        return producer
 
-    async def stop(self) -> None:
-        if self._producer is not None:
-            producer, self._producer = self._producer, None
-            await producer.stop()
-
-    async def send(self, records: Sequence[Record]) -> None:
-        producer = self._client
-        try:
-            pending = [
-                await producer.send(
-                    record.topic,
-                    record.value,
-                    record.key,
-                    headers=list(record.headers),
-                    timestamp_ms=record.timestamp_ms if record.timestamp_ms >= 0 else None,
-                )
-                for record in records
-            ]
-            await asyncio.gather(*pending)
-        except _TOO_LARGE as error:
-            raise PayloadTooLargeError(f"a record of more than {MAX_RECORD_BYTES} bytes cannot be sent") from error
-        except KafkaError as error:
-            raise _translated(error) from error
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
-        try:
-            async with self._client.transaction():
-                yield
-        except KafkaError as error:
-            raise _translated(error) from error
-
-    async def send_offsets(self, offsets: Offsets, group: str) -> None:
-        try:
-            await self._client.send_offsets_to_transaction({KafkaPartition(*place): offset for place, offset in offsets.items()}, group)
-        except KafkaError as error:
-            raise _translated(error) from error
-
-    @property
-    def _client(self) -> AIOKafkaProducer:
-        if self._producer is None:
+    async def _usable(self) -> AIOKafkaProducer:
+        if not self._is_started:
             raise TransientError("the producer is not started")
-        return self._producer
+        async with self._connecting:
+            if self._producer is None:
+                self._producer = await self._connected()
+            return self._producer
+
+    async def _drop(self, producer: AIOKafkaProducer | None) -> None:
+        """Give a client up: after an error its sequence numbers may be refused for ever; without transactions a new one is harmless."""
+        if producer is not None:
+            if self._producer is producer:
+                self._producer = None
+            await _stopped(producer)
 
 
-class _KafkaSource:
+async def _sent(producer: AIOKafkaProducer, record: Record) -> asyncio.Future[None]:
+    timestamp_ms = record.timestamp_ms if record.timestamp_ms >= 0 else None
+    sent: asyncio.Future[None] = await producer.send(
+        record.topic, record.value, record.key, timestamp_ms=timestamp_ms, headers=list(record.headers)
+    )
+    return sent
+
+
+async def _stopped(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
+    try:
+        async with asyncio.timeout(_STOP_S):
+            await client.stop()
+    except (KafkaError, TimeoutError):
+        return
+
+
+class _KafkaSource(_KafkaClient):
     """What a group's consumer and a reader have in common."""
 
-    def __init__(self, settings: KafkaSettings, topics: Sequence[str], group: str | None, name: str | None = None) -> None:
-        self._settings = settings
+    def __init__(self, settings: KafkaSettings, topics: Sequence[str], group: str | None) -> None:
+        super().__init__(settings)
         self._topics = tuple(topics)
         self._group = group
-        self._name = name
+        self._assigns_itself = group is not None and settings.embedded
         self._consumer: AIOKafkaConsumer | None = None
 
     async def start(self) -> None:
         consumer = AIOKafkaConsumer(
+            *(() if self._assigns_itself else self._topics),
             bootstrap_servers=self._settings.bootstrap_servers,
             group_id=self._group,
-            group_instance_id=self._name,
+            group_instance_id=group_member(self._settings, self._group),
             auto_offset_reset="earliest",
             enable_auto_commit=False,
             isolation_level="read_committed",
@@ -118,37 +171,35 @@ class _KafkaSource:
             heartbeat_interval_ms=self._settings.session_timeout_ms // 3,
             # A model environment may take minutes to build; liveness is what heartbeats are for.
             max_poll_interval_ms=3_600_000,
-            max_partition_fetch_bytes=4 * MAX_RECORD_BYTES,
+            max_partition_fetch_bytes=_FETCH_BYTES,
+            check_crcs=not self._settings.embedded,
         )
-        if self._group is not None:
-            consumer.subscribe(self._topics)
-        try:
-            await consumer.start()
-            if self._group is None:
-                await self._assign(consumer)
-        except KafkaError as error:
-            await consumer.stop()
-            raise TransientError(f"the broker at {self._settings.bootstrap_servers} cannot be used: {error!r}") from error
+        with self._translating(f"reading {', '.join(self._topics)}"):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await consumer.start()
+                    await self._position(consumer)
+            except BaseException:
+                await _stopped(consumer)
+                raise
         self._consumer = consumer
 
     async def stop(self) -> None:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
-            await consumer.stop()
+            await _stopped(consumer)
 
     async def get_many(self, max_records: int, timeout_s: float) -> Sequence[Record]:
-        try:
+        with self._translating("reading"):
             batches = await self._client.getmany(timeout_ms=int(timeout_s * 1000), max_records=max_records)
-        except KafkaError as error:
-            raise _translated(error) from error
         return [
             Record(message.topic, message.key, message.value, tuple(message.headers), message.partition, message.offset, message.timestamp)
             for messages in batches.values()
             for message in messages
         ]
 
-    async def _assign(self, consumer: AIOKafkaConsumer) -> None:
-        raise NotImplementedError
+    async def _position(self, consumer: AIOKafkaConsumer) -> None:
+        """Where to begin, if not where the group is or at the beginning."""
 
     @property
     def _client(self) -> AIOKafkaConsumer:
@@ -158,55 +209,51 @@ class _KafkaSource:
 
 
 class KafkaConsumer(_KafkaSource):
-    """A static member of a consumer group (KIP-345), so that a restart does not wait for a session to time out."""
+    """A static member of a consumer group (KIP-345), so that a restart does not wait for a session to time out.
 
-    def __init__(self, settings: KafkaSettings, topics: Sequence[str], group: str) -> None:
-        name = None if settings.embedded else f"{group}-{settings.group_instance}"
-        super().__init__(settings, topics, group, name)
+    On the embedded broker, where a group takes almost a session timeout to form again, it takes all partitions without asking and uses the
+    group for its offsets only.
+    """
+
+    async def _position(self, consumer: AIOKafkaConsumer) -> None:
+        if self._assigns_itself:
+            consumer.assign(await all_partitions(consumer, self._topics))
 
     async def commit(self, offsets: Offsets) -> None:
-        try:
-            await self._client.commit({KafkaPartition(*place): offset for place, offset in offsets.items()})
-        except KafkaError as error:
-            raise _translated(error) from error
+        with self._translating("committing offsets"):
+            async with asyncio.timeout(self._timeout_s):
+                await self._client.commit({KafkaPartition(*place): offset for place, offset in offsets.items()})
+
+
+def group_member(settings: KafkaSettings, group: str | None) -> str | None:
+    """Name of this instance in a consumer group; None on the embedded broker, which knows no static members."""
+    return None if settings.embedded or group is None else f"{group}-{settings.group_instance}"
+
+
+async def all_partitions(consumer: AIOKafkaConsumer, topics: Iterable[str]) -> list[KafkaPartition]:
+    """Every partition of some topics; waits for topics that are just being created."""
+    return [KafkaPartition(topic, partition) for topic in topics for partition in sorted(await consumer._client._wait_on_metadata(topic))]
 
 
 class KafkaReader(_KafkaSource):
-    """Reads whole topics by itself."""
+    """Reads whole topics by itself, outside of any group."""
 
     def __init__(self, settings: KafkaSettings, topics: Sequence[str], last_records: int | None) -> None:
         super().__init__(settings, topics, group=None)
         self._last_records = last_records
 
-    async def _assign(self, consumer: AIOKafkaConsumer) -> None:
-        places: list[KafkaPartition] = []
-        for topic in self._topics:
-            consumer.assign([KafkaPartition(topic, 0)])  # makes the client learn of the topic
-            partitions = await self._partitions(consumer, topic)
-            places += [KafkaPartition(topic, partition) for partition in sorted(partitions)]
-        consumer.assign(places)
+    async def _position(self, consumer: AIOKafkaConsumer) -> None:
+        if self._last_records is None:
+            return
+        places = list(consumer.assignment())
         beginnings = await consumer.beginning_offsets(places)
-        ends = await consumer.end_offsets(places) if self._last_records is not None else {}
-        for place, beginning in beginnings.items():
-            start = beginning if self._last_records is None else max(beginning, ends[place] - self._last_records)
-            consumer.seek(place, start)
-
-    @staticmethod
-    async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> set[int]:
-        for _ in range(50):
-            partitions = consumer.partitions_for_topic(topic)
-            if partitions:
-                return set(partitions)
-            await consumer._client.force_metadata_update()
-            await asyncio.sleep(0.1)
-        raise TransientError(f"the topic {topic!r} does not exist")
+        for place, end in (await consumer.end_offsets(places)).items():
+            consumer.seek(place, max(beginnings[place], end - self._last_records))
 
     async def end_offsets(self) -> Offsets:
-        places = list(self._client.assignment())
-        try:
-            ends = await self._client.end_offsets(places)
-        except KafkaError as error:
-            raise _translated(error) from error
+        consumer = self._client
+        with self._translating("looking up where the topics end"):
+            ends = await consumer.end_offsets(list(consumer.assignment()))
         return {TopicPartition(place.topic, place.partition): offset for place, offset in ends.items()}
 
     async def is_at(self, offsets: Offsets) -> bool:
@@ -214,6 +261,48 @@ class KafkaReader(_KafkaSource):
             if await self._client.position(KafkaPartition(*place)) < offset:
                 return False
         return True
+
+
+class BufferedProducer(KafkaProducer):
+    """Stands in for transactions on the embedded broker, which has them in name only (it hides nothing and forgets their offsets).
+
+    A block's records are sent when it ends, then its offsets are committed: aborted blocks stay invisible, but a crash in between repeats
+    the block, and nobody is fenced.
+    """
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        super().__init__(settings)
+        self._buffer: list[Record] | None = None
+        self._offsets: list[tuple[str, Offsets]] = []
+
+    async def send(self, records: Sequence[Record]) -> None:
+        if self._buffer is None:
+            await super().send(records)
+        else:
+            refuse_oversized(records)
+            self._buffer.extend(records)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        self._buffer, self._offsets = [], []
+        try:
+            yield
+            await super().send(self._buffer)
+            for group, offsets in self._offsets:
+                await self._commit(group, offsets)
+        finally:
+            self._buffer = None
+
+    async def send_offsets(self, offsets: Offsets, group: str) -> None:
+        self._offsets.append((group, offsets))
+
+    async def _commit(self, group: str, offsets: Offsets) -> None:
+        consumer = KafkaConsumer(self._settings, sorted({place.topic for place in offsets}), group)
+        await consumer.start()
+        try:
+            await consumer.commit(offsets)
+        finally:
+            await consumer.stop()
 
 
 class KafkaBroker:
@@ -225,17 +314,11 @@ class KafkaBroker:
     def producer(self) -> KafkaProducer:
         return KafkaProducer(self._settings)
 
-    def transactional_producer(self, transactional_id: str) -> KafkaProducer:
-        return KafkaProducer(self._settings, transactional_id)
+    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
+        return BufferedProducer(self._settings) if self._settings.embedded else KafkaProducer(self._settings, transactional_id)
 
     def consumer(self, topics: Sequence[str], group: str) -> KafkaConsumer:
         return KafkaConsumer(self._settings, topics, group)
 
     def reader(self, topics: Sequence[str], last_records: int | None = None) -> KafkaReader:
         return KafkaReader(self._settings, topics, last_records)
-
-
-def _translated(error: KafkaError) -> FencedError | TransientError:
-    if isinstance(error, ProducerFenced | InvalidProducerEpoch):
-        return FencedError("another instance with the same transactional id has taken over")
-    return TransientError(f"the broker did not answer as it should: {error!r}")

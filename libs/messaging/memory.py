@@ -6,15 +6,23 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from libs.errors import TransientError
 from libs.messaging.broker import Offsets
 from libs.messaging.errors import FencedError
-from libs.messaging.records import Record, TopicPartition
+from libs.messaging.records import Record, TopicPartition, refuse_oversized
 
 
 class MemoryBroker:
-    """A log of single-partition topics that lives as long as the object; topics come into being when they are used."""
+    """A log of single-partition topics that lives as long as the object; topics come into being when they are used.
+
+    Attributes
+    ----------
+    is_away
+        Set it to play a broker that cannot be reached: every call raises TransientError until it is False again.
+    """
 
     def __init__(self) -> None:
+        self.is_away = False
         self._records: dict[str, list[Record]] = defaultdict(list)
         self._committed: dict[tuple[str, TopicPartition], int] = {}
         self._epochs: dict[str, int] = defaultdict(int)
@@ -42,6 +50,7 @@ class MemoryBroker:
 
     async def append(self, records: Sequence[Record], offsets: Sequence[tuple[str, Offsets]] = ()) -> None:
         """Write records and commit offsets in one step."""
+        self.check_reachable()
         async with self._changed:
             for record in records:
                 stored = self._records[record.topic]
@@ -52,6 +61,7 @@ class MemoryBroker:
 
     async def read(self, positions: dict[str, int], max_records: int, timeout_s: float) -> list[Record]:
         """Take records from ``positions`` on, advancing them."""
+        self.check_reachable()
         async with self._changed:
             if not any(len(self._records[topic]) > position for topic, position in positions.items()):
                 try:
@@ -65,6 +75,22 @@ class MemoryBroker:
                 taken += some
             return taken
 
+    def take_over(self, transactional_id: str) -> int:
+        """The next epoch of a transactional id; whoever holds an earlier one is fenced."""
+        self.check_reachable()
+        self._epochs[transactional_id] += 1
+        return self._epochs[transactional_id]
+
+    def check_not_fenced(self, transactional_id: str, epoch: int) -> None:
+        """Raise FencedError when ``epoch`` is not the newest of the transactional id."""
+        if self._epochs[transactional_id] != epoch:
+            raise FencedError(f"another instance with the transactional id {transactional_id!r} has taken over")
+
+    def check_reachable(self) -> None:
+        """Raise TransientError while the broker plays being away."""
+        if self.is_away:
+            raise TransientError("the broker in memory plays being away")
+
 
 class MemoryProducer:
     """Writes to a MemoryBroker, with or without transactions."""
@@ -76,14 +102,15 @@ class MemoryProducer:
         self._pending: tuple[list[Record], list[tuple[str, Offsets]]] | None = None
 
     async def start(self) -> None:
+        self._broker.check_reachable()
         if self._id is not None:
-            self._broker._epochs[self._id] += 1
-            self._epoch = self._broker._epochs[self._id]
+            self._epoch = self._broker.take_over(self._id)
 
     async def stop(self) -> None:
         return None
 
     async def send(self, records: Sequence[Record]) -> None:
+        refuse_oversized(records)
         if self._pending is not None:
             self._pending[0].extend(records)
         else:
@@ -94,8 +121,8 @@ class MemoryProducer:
         self._pending = ([], [])
         try:
             yield
-            if self._id is not None and self._broker._epochs[self._id] != self._epoch:
-                raise FencedError("another instance with the same transactional id has taken over")
+            if self._id is not None:
+                self._broker.check_not_fenced(self._id, self._epoch)
             await self._broker.append(*self._pending)
         finally:
             self._pending = None
@@ -116,6 +143,7 @@ class MemoryConsumer:
         self._positions: dict[str, int] = {}
 
     async def start(self) -> None:
+        self._broker.check_reachable()
         self._positions = {topic: self._broker.committed(self._group, topic) for topic in self._topics}
 
     async def stop(self) -> None:
@@ -138,6 +166,7 @@ class MemoryReader:
         self._positions: dict[str, int] = {}
 
     async def start(self) -> None:
+        self._broker.check_reachable()
         ends = {topic: len(self._broker.records(topic)) for topic in self._topics}
         skip = self._last_records
         self._positions = {topic: 0 if skip is None else max(0, end - skip) for topic, end in ends.items()}
@@ -149,6 +178,7 @@ class MemoryReader:
         return await self._broker.read(self._positions, max_records, timeout_s)
 
     async def end_offsets(self) -> Offsets:
+        self._broker.check_reachable()
         return {TopicPartition(topic, 0): len(self._broker.records(topic)) for topic in self._topics}
 
     async def is_at(self, offsets: Offsets) -> bool:

@@ -1,7 +1,10 @@
 """A record as the broker sees it: bytes with headers at a place in a topic."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from libs.errors import PayloadTooLargeError
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -57,3 +60,10 @@ class Record:
                 except UnicodeDecodeError:
                     return None
         return None
+
+
+def refuse_oversized(records: Iterable[Record]) -> None:
+    """Raise PayloadTooLargeError when one of the records is larger than the log takes."""
+    for record in records:
+        if record.size_bytes > MAX_RECORD_BYTES:
+            raise PayloadTooLargeError(f"a record for {record.topic} has {record.size_bytes} bytes; at most {MAX_RECORD_BYTES} can be sent")

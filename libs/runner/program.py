@@ -29,13 +29,15 @@ MAX_WARNINGS = 20
 def main(arguments: Sequence[str]) -> int:
     """Run one runner until it is told to stop; the value is the exit status."""
     options = _parse(arguments)
-    token = _take_token()
+    token, lifeline = _take_token()
     ready = os.fdopen(options.ready_fd, "w", encoding="utf-8")
     try:
         report = cage.apply(cage.CageSpec.from_json(options.cage), artifact=options.artifact, scratch=options.scratch)
     except cage.CageError as error:
         _say(ready, {"ready": False, "error": {"kind": "cage", "message": str(error)}})
         return 3
+    # Only now: a thread that runs already would stay outside of the cage.
+    threading.Thread(target=_exit_with_supervisor, args=(lifeline,), name="lifeline", daemon=True).start()
     return _serve(options, token, ready, report)
 
 
@@ -50,8 +52,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _take_token() -> str:
-    """Read the token and keep watching the pipe: when the supervisor is gone, so are we."""
+def _take_token() -> tuple[str, int]:
+    """Read the token, and put the pipe where the model's code does not read it by mistake."""
     lifeline = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -62,12 +64,11 @@ def _take_token() -> str:
         if not byte:
             sys.exit(2)
         line += byte
-    token = json.loads(line)["token"]
-    threading.Thread(target=_exit_with_supervisor, args=(lifeline,), name="lifeline", daemon=True).start()
-    return str(token)
+    return str(json.loads(line)["token"]), lifeline
 
 
 def _exit_with_supervisor(lifeline: int) -> None:
+    """Wait for the end of the pipe: when the supervisor is gone, so are we."""
     while os.read(lifeline, 4096):
         pass
     os._exit(0)
@@ -87,12 +88,14 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
+            _expect_plain_arrays()
             model = open_model(options.format, options.artifact)
             signature = model.describe()
     except LoadError as error:
         traceback.print_exc()
         _say(ready, {"ready": False, "error": error.to_dict(), "cage": report.to_dict()})
         return 4
+    _expect_plain_arrays()
     listener = socket.socket(fileno=options.fd)
     server = Server(model, signature, token, listener)
     server.start()
@@ -108,6 +111,11 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
         },
     )
     return server.run()
+
+
+def _expect_plain_arrays() -> None:
+    """Silence scikit-learn on columns without names: the platform keeps columns by position, in the order of the fit."""
+    warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
 
 
 def _warning_texts(caught: Sequence[warnings.WarningMessage]) -> list[str]:

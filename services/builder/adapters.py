@@ -40,6 +40,24 @@ class Resolver(Protocol):
         ...
 
 
+class Environments(Protocol):
+    """Where environments are; ``libs.environments.EnvironmentCache`` is one."""
+
+    def holds(self, lock: EnvironmentLock) -> bool:
+        """Whether the environment is there, complete."""
+        ...
+
+    async def ensure(self, lock: EnvironmentLock) -> Path:
+        """Make the environment unless it is there.
+
+        Raises
+        ------
+        ImpossibleEnvironmentError, EnvironmentUnavailableError, DeadlineExceededError
+            As ``EnvironmentCache.ensure`` does.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Remembered:
     lock: str

@@ -2,7 +2,8 @@
 
 MillraceError
 ├── ForbiddenError          known, or local, and not allowed · 403
-└── MethodNotAllowedError   the path exists, the method does not · 405
+├── MethodNotAllowedError   the path exists, the method does not · 405
+└── InternalError           a bug; what happened is in the log · 500
 """
 
 from collections.abc import Sequence
@@ -25,3 +26,7 @@ class MethodNotAllowedError(MillraceError):
     def __init__(self, message: str, allowed: Sequence[str]) -> None:
         super().__init__(message)
         self.allowed = tuple(allowed)
+
+
+class InternalError(MillraceError):
+    """What a caller is told of a bug."""

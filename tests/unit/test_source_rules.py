@@ -72,6 +72,10 @@ def test_the_rule_finds_each_of_its_kind(source):
 def test_the_environment_is_read_in_settings_only(path):
     if path.name == "settings.py" or path.is_relative_to(RUNNER):
         return
-    reads = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")]
+    reads = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+    ]
     allowed = {"libs/local", "libs/cli"}  # they hand an environment to the processes they start
     assert not reads or any(path.is_relative_to(ROOT / folder) for folder in allowed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,15 +71,12 @@ class SklearnModel:
         return {name: self._call(name, values) for name in outputs}
 
     def _call(self, method: str, values: Any) -> Any:
-        with warnings.catch_warnings():
-            # Names were seen in fit; positions are what the platform keeps.
-            warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
-            try:
-                answer = getattr(self._estimator, method)(self._frame(values))
-            except ValueError as error:
-                if _is_about_input(error):
-                    raise InvalidInputError(describe_exception(error)) from error
-                raise
+        try:
+            answer = getattr(self._estimator, method)(self._frame(values))
+        except ValueError as error:
+            if _is_about_input(error):
+                raise InvalidInputError(describe_exception(error)) from error
+            raise
         return answer.toarray() if hasattr(answer, "toarray") else np.asarray(answer)
 
     def _describe_output(self, method: str, sample: Any) -> dict[str, Any] | None:

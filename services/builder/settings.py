@@ -1,0 +1,23 @@
+"""Settings of the builder."""
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from libs.settings import EnvironmentSettings, KafkaSettings, ProcessSettings, TelemetrySettings
+
+
+class Settings(BaseSettings):
+    """What the builder reads from its environment; ``BUILDER_*`` and the shared groups."""
+
+    model_config = SettingsConfigDict(env_prefix="BUILDER_", frozen=True)
+
+    resolution_timeout_s: float = Field(120.0, gt=0, description="Longest time one resolution may take, in seconds.")
+    resolution_max_age_s: float = Field(
+        7 * 86_400.0,
+        ge=0,
+        description="Age up to which a resolution is used again for equal requirements, in seconds; 0: always resolve again.",
+    )
+    kafka: KafkaSettings = Field(default_factory=KafkaSettings)
+    environments: EnvironmentSettings = Field(default_factory=EnvironmentSettings)
+    process: ProcessSettings = Field(default_factory=ProcessSettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)

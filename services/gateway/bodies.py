@@ -1,0 +1,83 @@
+"""Bodies of the management API. A field that is not known is refused: a typing error must not pass in silence."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from schemas.base import Alias, Name, Percent, Sha256, VersionNumber
+from schemas.registry import ArtifactFormat, Labels
+
+
+class Body(BaseModel):
+    """A request body."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class UploadedArtifact(Body):
+    """What the upload of an artifact was answered with."""
+
+    sha256: Sha256
+    size_bytes: int | None = Field(default=None, ge=0, description="Checked against what is stored, if given.")
+    filename: str = Field(default="artifact", min_length=1, max_length=255)
+
+
+class NewLineage(Body):
+    """Where the version comes from; every field is optional."""
+
+    parent_version: VersionNumber | None = None
+    cause_event_id: str | None = Field(default=None, max_length=256)
+    code: str | None = Field(default=None, max_length=1024)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class NewVersion(Body):
+    """A version to register."""
+
+    artifact: UploadedArtifact
+    format: ArtifactFormat | None = Field(default=None, description="sklearn or onnx; absent: decided by content.")
+    requirements: tuple[str, ...] | None = Field(default=None, max_length=200, description="PEP 508 lines; absent: inferred.")
+    example: dict[str, Any] | None = Field(default=None, description="A V1 or V2 request body that the version must be able to answer.")
+    aliases: tuple[Alias, ...] = ()
+    description: str = Field(default="", max_length=4096)
+    labels: Labels = Field(default_factory=dict)
+    lineage: NewLineage = Field(default_factory=NewLineage)
+
+    @field_validator("example")
+    @classmethod
+    def _is_request(cls, example: dict[str, Any] | None) -> dict[str, Any] | None:
+        if example is not None and ("instances" in example) == ("inputs" in example):
+            raise ValueError("an example is a request body: it has exactly one of 'instances' (V1) and 'inputs' (V2)")
+        return example
+
+
+class AliasTarget(Body):
+    """The version an alias shall point at."""
+
+    version: VersionNumber
+
+
+class NewEndpoint(Body):
+    """An endpoint to create."""
+
+    name: Name
+    description: str = Field(default="", max_length=4096)
+    labels: Labels = Field(default_factory=dict)
+
+
+class NewDeployment(Body):
+    """A version to deploy: by number, by alias, or the newest validated one."""
+
+    model: Name
+    version: VersionNumber | None = None
+    alias: Alias | None = None
+    traffic_percent: Percent = 100
+    min_replicas: int = Field(default=1, ge=1, le=64)
+    max_replicas: int | None = Field(default=None, ge=1, le=64, description="Absent: as many as min_replicas.")
+
+
+class NewTraffic(Body):
+    """An endpoint's whole split, by deployment id or version number, in percent; it sums to 100."""
+
+    traffic: dict[str, Percent] = Field(min_length=1, max_length=100)

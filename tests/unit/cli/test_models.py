@@ -1,0 +1,218 @@
+import hashlib
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.cli.conftest import Run
+from tests.unit.cli.gateway import Answer, FakeGateway, Request
+
+BEGAN = datetime(2999, 1, 1, 12, tzinfo=UTC)
+"""Later than the command, which counts the first stage from its own start."""
+
+VERSIONS = "/api/v1/models/cancer/versions"
+
+
+def version(status: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model_name": "cancer",
+        "version": 1,
+        "status": status,
+        "spec": {"artifact": {"sha256": "0" * 64, "size_bytes": 11, "filename": "model.joblib"}},
+        "aliases": [],
+        "stage_times": {},
+        "created_at": BEGAN.isoformat(),
+        "updated_at": BEGAN.isoformat(),
+        **more,
+    }
+
+
+def event(name: str, after_s: float, **data: Any) -> dict[str, Any]:
+    time = (BEGAN + timedelta(seconds=after_s)).isoformat()
+    data = {"model_name": "cancer", "version": 1, **data}
+    return {"specversion": "1.0", "id": name, "type": name, "time": time, "subject": "cancer", "data": data}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.joblib"
+    path.write_bytes(b"not a model")
+    return path
+
+
+@pytest.fixture
+def store(gateway: FakeGateway) -> FakeGateway:
+    def keep(request: Request) -> Answer:
+        digest = hashlib.sha256(request.body).hexdigest()
+        assert digest == request.headers["x-millrace-sha256"]
+        return 201, {"sha256": digest, "size_bytes": len(request.body), "filename": request.query["filename"]}
+
+    gateway.on("POST", "/api/v1/artifacts", keep)
+    return gateway
+
+
+def lives(gateway: FakeGateway, *events: dict[str, Any], end: dict[str, Any]) -> None:
+    """Registering makes the version run through some events; the state, asked after each, shows the end only after the last."""
+    views = iter([version("registered")] * (len(events) - 1))
+
+    def register(_: Request) -> Answer:
+        gateway.on("GET", f"{VERSIONS}/1", lambda _: (200, next(views, end)))
+        gateway.publish(*events)
+        return 201, {**version("registered"), "operation_id": "op-1"}
+
+    gateway.on("POST", VERSIONS, register)
+
+
+def test_upload_registers_the_stored_artifact(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    outcome = run("models", "upload", file, "--name", "cancer")
+    assert (outcome.exit_code, outcome.out) == (0, "cancer@1 is registered\n")
+    artifact = store.sent("POST", VERSIONS).json["artifact"]
+    assert artifact == {"sha256": hashlib.sha256(b"not a model").hexdigest(), "size_bytes": 11, "filename": "model.joblib"}
+
+
+def test_upload_sends_everything_that_is_said_of_the_version(store: FakeGateway, run: Run, file: Path, tmp_path: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    (tmp_path / "requirements.txt").write_text("# pins\nscikit-learn==1.7.0  # trained with\n\nnumpy>=2\n")
+    (tmp_path / "example.json").write_text('{"instances": [[1.0]]}')
+    described = ("--description", "first", "--label", "team=risk", "--label", "a=b=c", "--alias", "champion", "--format", "sklearn")
+    files = ("--requirements", tmp_path / "requirements.txt", "--example", tmp_path / "example.json")
+    assert run("models", "upload", file, "--name", "cancer", *described, *files).exit_code == 0
+    body = store.sent("POST", VERSIONS).json
+    del body["artifact"]
+    assert body == {
+        "format": "sklearn",
+        "requirements": ["scikit-learn==1.7.0", "numpy>=2"],
+        "example": {"instances": [[1.0]]},
+        "aliases": ["champion"],
+        "description": "first",
+        "labels": {"team": "risk", "a": "b=c"},
+    }
+
+
+def test_waiting_upload_shows_each_stage_as_its_event_arrives(store: FakeGateway, run: Run, file: Path) -> None:
+    lives(
+        store,
+        event("millrace.registry.version.registered.v1", 0.1),
+        event("millrace.validator.version.inspected.v1", 0.3),
+        event("millrace.validator.version.inspected.v1", 0.3, version=7),
+        event("millrace.builder.version.built.v1", 2.3),
+        event("millrace.validator.version.validated.v1", 3.5),
+        end=version("validated"),
+    )
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert (outcome.exit_code, outcome.out) == (0, "cancer@1 is validated\n")
+    uploaded, *stages, trace = [line.split() for line in outcome.err.splitlines()]
+    assert uploaded[:3] == ["uploaded", "11", "B"]
+    assert trace[0] == "trace"
+    assert [stage[0] for stage in stages] == ["registered", "inspected", "built", "validated"]
+    assert [stage[1:] for stage in stages[1:]] == [["200", "ms"], ["2.0", "s"], ["1.2", "s"]]
+
+
+def test_waiting_upload_learns_from_the_state_what_the_events_did_not_say(store: FakeGateway, run: Run, file: Path) -> None:
+    times = {"registered": BEGAN.isoformat(), "validated": (BEGAN + timedelta(seconds=4)).isoformat()}
+    lives(store, end=version("validated", stage_times=times))
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert outcome.exit_code == 0
+    assert "validated                     4.0 s" in outcome.err
+
+
+def test_waiting_upload_of_a_rejected_version_fails_with_the_reason(store: FakeGateway, run: Run, file: Path) -> None:
+    lives(store, event("millrace.validator.version.rejected.v1", 1), end=version("rejected", reason="it is a text file"))
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert outcome.exit_code == 1
+    assert outcome.err.splitlines()[-1] == "millrace: cancer@1 is rejected: it is a text file"
+    assert outcome.out == ""
+
+
+def test_upload_of_the_same_content_says_so(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, version("validated"))
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert outcome.exit_code == 0
+    assert outcome.out == "cancer@1 is validated (the same content was uploaded before)\n"
+
+
+def test_json_of_an_upload_is_the_version_with_its_trace(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    shown = json.loads(run("models", "upload", file, "--name", "cancer", "--json").out)
+    assert shown["version"] == 1
+    assert len(shown["trace_id"]) == 32
+
+
+def test_a_slow_registry_is_asked_what_became_of_the_command(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, {"operation_id": "op-9", "operation_url": "/api/v1/operations/op-9"}, status=202)
+    fact = {"type": "millrace.registry.version.registered.v1", "data": {"model_name": "cancer", "version": 4}}
+    store.on("GET", "/api/v1/operations/op-9", {"id": "op-9", "done": True, "outcome": fact})
+    assert run("models", "upload", file, "--name", "cancer").out == "cancer@4 is registered\n"
+
+
+def test_a_command_that_a_slow_registry_refuses_fails_with_its_reason(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, {"operation_id": "op-9"}, status=202)
+    store.on("GET", "/api/v1/operations/op-9", {"id": "op-9", "done": True, "error": "no such thing"})
+    outcome = run("models", "upload", file, "--name", "cancer")
+    assert (outcome.exit_code, outcome.err) == (1, "millrace: no such thing\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere.joblib", "--name", "cancer"), "millrace: there is no file nowhere.joblib\n"),
+        ((), "millrace: Missing argument 'path'; see: millrace models upload --help\n"),
+    ],
+)
+def test_unusable_arguments_fail_with_one_sentence(run: Run, arguments: tuple[str, ...], sentence: str) -> None:
+    outcome = run("models", "upload", *arguments)
+    assert (outcome.exit_code, outcome.out, outcome.err) == (2, "", sentence)
+
+
+def test_an_example_that_is_not_json_is_refused_before_anything_is_sent(store: FakeGateway, run: Run, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "example.json").write_text("{")
+    outcome = run("models", "upload", file, "--name", "cancer", "--example", tmp_path / "example.json")
+    assert outcome.exit_code == 1
+    assert "example.json is not JSON" in outcome.err
+    assert store.requests == []
+
+
+def test_list_is_a_table_or_json(gateway: FakeGateway, run: Run) -> None:
+    models = [{"model_name": "cancer", "latest_version": 2, "aliases": {"champion": 1}, "updated_at": BEGAN.isoformat()}]
+    gateway.on("GET", "/api/v1/models", {"models": models})
+    header, row = run("models", "list").out.splitlines()
+    assert header.split() == ["MODEL", "LATEST", "ALIASES", "UPDATED"]
+    assert row.split()[:3] == ["cancer", "2", "champion=1"]
+    assert json.loads(run("models", "list", "--json").out) == {"models": models}
+
+
+def test_show_of_an_alias_asks_for_that_version(gateway: FakeGateway, run: Run) -> None:
+    signature = {"inputs": [{"name": "input", "datatype": "FP64", "shape": [-1, 30]}], "outputs": []}
+    finding = {"rule": "example", "severity": "warn", "message": "no example was given"}
+    gateway.on("GET", f"{VERSIONS}/champion", version("validated", signature=signature, findings=[finding], aliases=["champion"]))
+    out = run("models", "show", "cancer:champion").out
+    assert "cancer@1" in out
+    assert "input FP64[-1, 30]" in out
+    assert "warn: no example was given (example)" in out
+
+
+def test_show_of_a_model_lists_its_versions(gateway: FakeGateway, run: Run) -> None:
+    gateway.on("GET", "/api/v1/models/cancer", {"model_name": "cancer", "aliases": {}, "created_at": BEGAN.isoformat()})
+    gateway.on("GET", VERSIONS, {"versions": [version("rejected", reason="it is empty")]})
+    assert run("models", "show", "cancer").out.splitlines()[-1].endswith("it is empty")
+
+
+def test_alias_points_at_a_version(gateway: FakeGateway, run: Run) -> None:
+    gateway.on("PUT", "/api/v1/models/cancer/aliases/champion", {})
+    assert run("models", "alias", "cancer", "champion=2").exit_code == 0
+    assert gateway.sent("PUT", "/api/v1/models/cancer/aliases/champion").json == {"version": 2}
+
+
+def test_archive_needs_a_version(gateway: FakeGateway, run: Run) -> None:
+    assert run("models", "archive", "cancer").err == "millrace: 'cancer' names no version; write NAME@VERSION, for example cancer@1\n"
+    gateway.on("POST", f"{VERSIONS}/2:archive", {})
+    assert run("models", "archive", "cancer@2").out == "cancer@2 is archived\n"
+
+
+def test_names_cannot_leave_their_place_in_the_path(gateway: FakeGateway, run: Run) -> None:
+    outcome = run("models", "show", "../endpoints@1")
+    assert outcome.exit_code == 1
+    assert gateway.requests[0].path == "/api/v1/models/..%2Fendpoints/versions/1"
