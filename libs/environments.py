@@ -38,6 +38,7 @@ INSTALL_TIMEOUT_S = 600.0
 """Longest installation: a few GB of wheels over a slow line."""
 
 _LOCK_POLL_S = 0.05
+_MOST_COMPILERS = 4
 _EVIDENCE_CHARACTERS = 16_000
 _LONGEST_LOCK_CHARACTERS = 524_288
 """What the contract of the lock accepts: the hashes of about 5 000 wheels."""
@@ -131,17 +132,14 @@ async def run_uv(executable: Path, *arguments: str, timeout_s: float) -> UvOutco
         It could not reach the package index, or there was no space left.
     """
     with tempfile.TemporaryDirectory() as directory:
-        process = await asyncio.create_subprocess_exec(
+        process = await _start(
             executable,
             *arguments,
             "--no-python-downloads",
             "--no-progress",
             "--color=never",
             cwd=directory,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
+            output=asyncio.subprocess.PIPE,
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -203,7 +201,7 @@ class EnvironmentCache:
         return self.python_of(lock).parent.is_dir()
 
     async def ensure(self, lock: EnvironmentLock) -> Path:
-        """The Python of the environment, which is made if it is not there yet (about 3 s from a warm package cache).
+        """The Python of the environment, which is made if it is not there yet (about 2 s from a warm package cache).
 
         Raises
         ------
@@ -235,33 +233,27 @@ class EnvironmentCache:
                 *("pip", "sync", str(requirements), "--python", str(staging / "bin" / "python")),
                 *("--require-hashes", "--only-binary", ":all:", "--link-mode", "hardlink", "--quiet"),
             )
-            await self._compile(python, staging, self._root / lock.environment_id)
+            await self._compile(python, staging / "lib")
             staging.rename(self._root / lock.environment_id)
         finally:
             await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
         log.info("built environment %s in %.2f s", lock.environment_id, time.monotonic() - started)
 
-    async def _compile(self, python: Path, staging: Path, destination: Path) -> None:
-        """Compile the packages, but not their tests, to bytecode; it runs nothing of them.
+    async def _compile(self, python: Path, tree: Path) -> None:
+        """Compile the packages, but not their tests, to bytecode (see ``libs.bytecode``).
 
-        Measured for scikit-learn: 2.7 s once, and every start imports in 1.1 s instead of 2.8 s; with the tests 9 s. An environment works
-        without bytecode, so failing to compile is no error.
+        Measured for scikit-learn on two cores: 1.7 s the first time, 0.1 s when another environment had the same packages; every start of a
+        model then imports in 1.1 s instead of 2.8 s. An environment works without bytecode, so failing to compile is no error.
         """
-        process = await asyncio.create_subprocess_exec(
-            python,
-            *("-I", "-S", "-c", _COMPILE, str(staging), str(destination)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        count = min(os.cpu_count() or 1, _MOST_COMPILERS)
+        program = str(Path(__file__).with_name("bytecode.py"))
+        arguments = ("-I", "-S", program, str(tree), str(self._root / ".bytecode"))
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await process.wait()
+            async with asyncio.timeout(self._timeout_s), asyncio.TaskGroup() as group:
+                for index in range(count):
+                    group.create_task(_run_silently(python, *arguments, str(index), str(count)))
         except TimeoutError:
-            log.warning("compiling environment %s took over %g s; it stays partly uncompiled", destination.name, self._timeout_s)
-        finally:
-            await _kill_session(process)
+            log.warning("compiling %s took over %g s; it stays partly uncompiled", tree, self._timeout_s)
 
     def _prepare(self, lock: EnvironmentLock) -> None:
         """Remove what a killed process left of this environment; only one process at a time is here."""
@@ -299,14 +291,6 @@ def first_cause(stderr: str) -> str:
     causes = [part.strip() for part in re.split(r"\bcause: ", text)[1:]]
     explanation = ": ".join(causes) if causes else text.removeprefix("error: ")
     return explanation if len(explanation) <= 500 else f"{explanation[:497]}..."
-
-
-_COMPILE = """
-import compileall, re, sys
-staging, destination = sys.argv[1:]
-no_tests = re.compile("/tests?/")
-compileall.compile_dir(staging + "/lib", maxlevels=30, quiet=2, rx=no_tests, stripdir=staging, prependdir=destination)
-"""
 
 
 def _check(lock: EnvironmentLock) -> None:
@@ -353,6 +337,34 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+async def _run_silently(program: Path, *arguments: str) -> None:
+    process = await _start(program, *arguments, output=asyncio.subprocess.DEVNULL)
+    try:
+        await process.wait()
+    finally:
+        await _kill_session(process)
+
+
+async def _start(program: Path, *arguments: str, output: int, cwd: str | None = None) -> asyncio.subprocess.Process:
+    """Start a process in a session of its own; when cancelled meanwhile, it is killed as a whole, which asyncio alone does not do."""
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            program,
+            *arguments,
+            cwd=cwd,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _kill_session(await starting)
+        raise
 
 
 async def _kill_session(process: asyncio.subprocess.Process) -> None:

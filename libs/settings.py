@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -27,13 +27,17 @@ class KafkaSettings(BaseSettings):
 class ArtifactSettings(BaseSettings):
     """Where artifacts are kept; read from ``ARTIFACTS_*``."""
 
-    model_config = SettingsConfigDict(env_prefix="ARTIFACTS_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="ARTIFACTS_", frozen=True, populate_by_name=True)
 
     url: str = Field("file://.millrace/artifacts", description="file:///directory or s3://bucket[/prefix].")
     s3_endpoint: str = Field("", description="host:port of the S3 server, with http:// or https:// in front.")
     s3_region: str = Field("us-east-1", description="Region that requests are signed for.")
-    s3_access_key: SecretStr | None = Field(None, description="Access key of the S3 server.")
-    s3_secret_key: SecretStr | None = Field(None, description="Secret key of the S3 server.")
+    s3_access_key: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("ARTIFACTS_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID"), description="Access key of the S3 server."
+    )
+    s3_secret_key: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("ARTIFACTS_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY"), description="Secret key of the S3 server."
+    )
     max_bytes: int = Field(8 * 2**30, ge=1, description="Largest artifact accepted, in bytes.")
 
 

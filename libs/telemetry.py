@@ -20,6 +20,9 @@ from opentelemetry.trace import Tracer
 
 from libs.settings import TelemetrySettings
 
+# The last is where faust logs the life-cycle of the services that we derive from its own.
+_NOISY_LOGGERS = ("aiokafka", "faust", "mode", "httpx", "opentelemetry", "asyncio", "kafka", "libs.messaging.faust_app")
+
 _log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default={})  # noqa: B039 - never mutated
 
 
@@ -103,5 +106,5 @@ def _configure_logs(service_name: str, settings: TelemetrySettings) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(service_name, as_json))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
-    for noisy in ("aiokafka", "faust", "mode", "httpx", "opentelemetry", "asyncio", "kafka"):
+    for noisy in _NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -22,7 +22,7 @@ from libs.messaging.cloudevents import Clock
 from libs.messaging.kafka import KafkaBroker
 from libs.messaging.memory import MemoryBroker
 from libs.settings import KafkaSettings
-from schemas.topics import Topic
+from schemas.topics import TOPICS, Topic
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -61,6 +61,8 @@ class EmbeddedBroker:
 def embedded_broker() -> Iterator[EmbeddedBroker]:
     """One embedded broker for the whole run; tests keep apart by topic."""
     broker = EmbeddedBroker()
+    for topic in TOPICS:
+        broker.create_topic(topic.name)
     yield broker
     broker.close()
 
@@ -98,9 +100,11 @@ class KafkaServer:
 def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
     """A real Apache Kafka for the whole run."""
     server = KafkaServer(tmp_path_factory.mktemp("kafka"))
-    server.start()
-    yield server
-    server.stop()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 class Log(Protocol):
@@ -151,23 +155,24 @@ class KafkaLog:
 
     async def topics(self, count: int) -> Sequence[str]:
         names = _new_names(count)
-        await create_topics(self.settings, [Topic(name, "any", (), (), ()) for name in names])
+        await create_topics(self.settings, [*TOPICS, *(Topic(name, "any", (), (), ()) for name in names)])
         return names
 
 
 @pytest.fixture(params=["memory", "embedded", pytest.param("kafka", marks=pytest.mark.integration)])
 def log(request: pytest.FixtureRequest) -> Log:
     """Each implementation of the broker ports in turn."""
-    return _log(request.param, request)
+    return open_log(request.param, request)
 
 
 @pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.integration)])
 def wire_log(request: pytest.FixtureRequest) -> Log:
     """Each broker that speaks Kafka's protocol in turn."""
-    return _log(request.param, request)
+    return open_log(request.param, request)
 
 
-def _log(name: str, request: pytest.FixtureRequest) -> Log:
+def open_log(name: str, request: pytest.FixtureRequest) -> Log:
+    """A log by its name: memory, embedded or kafka."""
     match name:
         case "memory":
             return MemoryLog()

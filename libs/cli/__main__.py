@@ -1,6 +1,5 @@
 """The console script ``millrace``: which commands there are, and how a failure reads."""
 
-import os
 import sys
 
 import typer
@@ -43,10 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     except MillraceError as error:
         output.note(f"millrace: {' '.join(error.message.split())}")
         return error.exit_code if isinstance(error, CommandError) else 1
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
 

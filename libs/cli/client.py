@@ -114,7 +114,7 @@ class Client:
 
     def register_version(self, model: str, body: Json) -> tuple[Json, bool]:
         """Register an uploaded artifact; the version's view, and whether it is new (the same content existed otherwise)."""
-        status, answer = self._command("POST", f"/api/v1/models/{quote(model, safe='')}/versions", body)
+        status, answer = self._command("POST", f"/api/v1/models/{segment(model)}/versions", body)
         return answer, status != httpx.codes.OK
 
     def models(self) -> list[Json]:
@@ -123,24 +123,24 @@ class Client:
 
     def model(self, model: str) -> Json:
         """One model."""
-        return self._call("GET", f"/api/v1/models/{quote(model, safe='')}")
+        return self._call("GET", f"/api/v1/models/{segment(model)}")
 
     def versions(self, model: str) -> list[Json]:
         """All versions of a model."""
-        return self._list(f"/api/v1/models/{quote(model, safe='')}/versions", "versions")
+        return self._list(f"/api/v1/models/{segment(model)}/versions", "versions")
 
     def version(self, model: str, version: int | str) -> Json:
         """One version, by number or alias."""
-        return self._call("GET", f"/api/v1/models/{quote(model, safe='')}/versions/{quote(str(version), safe='')}")
+        return self._call("GET", f"/api/v1/models/{segment(model)}/versions/{segment(str(version))}")
 
     def set_alias(self, model: str, alias: str, version: int) -> Json:
         """Point an alias at a version."""
-        path = f"/api/v1/models/{quote(model, safe='')}/aliases/{quote(alias, safe='')}"
+        path = f"/api/v1/models/{segment(model)}/aliases/{segment(alias)}"
         return self._command("PUT", path, {"version": version})[1]
 
     def archive_version(self, model: str, version: int) -> Json:
         """Take a version out of use."""
-        return self._command("POST", f"/api/v1/models/{quote(model, safe='')}/versions/{version}:archive")[1]
+        return self._command("POST", f"/api/v1/models/{segment(model)}/versions/{version}:archive")[1]
 
     # Endpoints
 
@@ -154,30 +154,30 @@ class Client:
 
     def endpoint(self, endpoint: str) -> Json:
         """One endpoint with its deployments."""
-        return self._call("GET", f"/api/v1/endpoints/{quote(endpoint, safe='')}")
+        return self._call("GET", f"/api/v1/endpoints/{segment(endpoint)}")
 
     def delete_endpoint(self, endpoint: str, *, force: bool = False) -> Json:
         """Delete an endpoint."""
-        return self._command("DELETE", f"/api/v1/endpoints/{quote(endpoint, safe='')}", params=_forced(force))[1]
+        return self._command("DELETE", f"/api/v1/endpoints/{segment(endpoint)}", params=_forced(force))[1]
 
     def deploy(self, endpoint: str, body: Json) -> Json:
         """Deploy a version to an endpoint; the deployment's view."""
-        return self._command("POST", f"/api/v1/endpoints/{quote(endpoint, safe='')}/deployments", body)[1]
+        return self._command("POST", f"/api/v1/endpoints/{segment(endpoint)}/deployments", body)[1]
 
     def undeploy(self, endpoint: str, deployment_id: str, *, force: bool = False) -> Json:
         """Remove a deployment from an endpoint."""
-        path = f"/api/v1/endpoints/{quote(endpoint, safe='')}/deployments/{quote(deployment_id, safe='')}"
+        path = f"/api/v1/endpoints/{segment(endpoint)}/deployments/{segment(deployment_id)}"
         return self._command("DELETE", path, params=_forced(force))[1]
 
     def set_traffic(self, endpoint: str, traffic: Mapping[str, int]) -> Json:
         """Set the whole traffic split of an endpoint."""
-        return self._command("PUT", f"/api/v1/endpoints/{quote(endpoint, safe='')}/traffic", {"traffic": dict(traffic)})[1]
+        return self._command("PUT", f"/api/v1/endpoints/{segment(endpoint)}/traffic", {"traffic": dict(traffic)})[1]
 
     # Predictions
 
     def predict(self, endpoint: str, request: bytes) -> Answer:
         """Ask an endpoint: a body with ``inputs`` goes to the V2 door, any other to V1 ``:predict``."""
-        path = f"/v2/models/{quote(endpoint, safe='')}/infer" if _is_v2(request) else f"/v1/models/{quote(endpoint, safe='')}:predict"
+        path = f"/v2/models/{segment(endpoint)}/infer" if _is_v2(request) else f"/v1/models/{segment(endpoint)}:predict"
         with self._translated():
             response = self._http.post(path, content=request, headers={"content-type": "application/json"})
         _check(response)
@@ -187,7 +187,7 @@ class Client:
 
     def operation(self, operation_id: str) -> Json:
         """Whether a command has been decided, and how."""
-        return self._call("GET", f"/api/v1/operations/{quote(operation_id, safe='')}")
+        return self._call("GET", f"/api/v1/operations/{segment(operation_id)}")
 
     def recent_events(self, **filters: str | None) -> list[Json]:
         """The events that the gateway still remembers, oldest first."""
@@ -215,11 +215,11 @@ class Client:
 
     def dead_letter(self, identity: str) -> Json:
         """One dead letter."""
-        return self._call("GET", f"/api/v1/dead-letters/{quote(identity, safe='')}")
+        return self._call("GET", f"/api/v1/dead-letters/{segment(identity)}")
 
     def replay_dead_letter(self, identity: str) -> Json:
         """Publish the original record again, where it came from."""
-        return self._call("POST", f"/api/v1/dead-letters/{quote(identity, safe='')}:replay")
+        return self._call("POST", f"/api/v1/dead-letters/{segment(identity)}:replay")
 
     # How it is done
 
@@ -273,6 +273,15 @@ class Client:
             raise CommandError(f"MILLRACE_URL {self.url!r} is not a usable address: {error}") from error
         except httpx.TransportError as error:
             raise PlatformUnreachableError(f"the connection to {self.url} broke: {error or type(error).__name__}") from error
+
+
+def segment(text: str) -> str:
+    """Text as one segment of a path, whatever it holds.
+
+    >>> segment("a/b"), segment("..")
+    ('a%2Fb', '%2E%2E')
+    """
+    return quote(text, safe="") if text.strip(".") else "%2E" * len(text)
 
 
 def sha256_of(path: Path) -> str:

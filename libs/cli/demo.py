@@ -31,7 +31,7 @@ from libs.cli.errors import CommandError
 from libs.cli.local import Progress, banner
 from libs.cli.models import upload_version
 from libs.cli.plain_kafka import Listener, Message, PlainKafka, cloudevent_headers
-from libs.cli.session import Session, connect, trace_provider
+from libs.cli.session import Session, connect, send_spans, trace_provider
 from libs.cli.settings import CliSettings
 from libs.cli.traces import Jaeger, tree
 from libs.local import platform
@@ -85,7 +85,7 @@ def run(settings: LocalSettings, *, keep: bool) -> None:
             with connect(cli) as client:
                 tell(client, cli, status)
         finally:
-            provider.shutdown()
+            send_spans(provider)
         output.say(f"\nEvery step held, in {output.duration(time.monotonic() - began)}.")
         say_what_next(status, keep=keep)
 

@@ -49,9 +49,11 @@ def fields(pairs: Mapping[str, object]) -> None:
 def duration(seconds: float) -> str:
     """A time span as a person reads it.
 
-    >>> duration(0.0421), duration(3.2), duration(75)
-    ('42 ms', '3.2 s', '1 min 15 s')
+    >>> duration(0.0004), duration(0.0421), duration(3.2), duration(75)
+    ('0.4 ms', '42 ms', '3.2 s', '1 min 15 s')
     """
+    if seconds < 0.00995:
+        return f"{seconds * 1000:.1f} ms"
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:

@@ -4,6 +4,7 @@ Imports are inside the functions here and in the commands, so that ``millrace --
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from libs.cli.client import Client
     from libs.cli.settings import CliSettings
+
+
+SPANS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def open_session(command: str) -> Iterator[Session]:
         ):
             yield Session(client, settings, format(span.get_span_context().trace_id, "032x"))
     finally:
-        provider.shutdown()
+        send_spans(provider)
 
 
 def connect(settings: "CliSettings") -> "Client":
@@ -50,6 +54,13 @@ def connect(settings: "CliSettings") -> "Client":
 
     key = settings.api_key.get_secret_value() if settings.api_key else None
     return Client(settings.gateway_url, api_key=key, traceparent=telemetry.current_traceparent)
+
+
+def send_spans(provider: "TracerProvider") -> None:
+    """Send what is left and end; a collector that does not answer keeps nobody waiting for long."""
+    sending = threading.Thread(target=provider.shutdown, name="spans", daemon=True)
+    sending.start()
+    sending.join(SPANS_TIMEOUT_S)
 
 
 def trace_provider(settings: "CliSettings") -> "TracerProvider":

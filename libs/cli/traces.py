@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TRACE_ID = re.compile(r"[0-9a-f]{32}")
 JAEGER_TIMEOUT_S = 10.0
-ID_TAGS = ("http.request.header.x-request-id", "millrace.request.id", "messaging.message.id", "millrace.correlation.id")
+ID_TAGS = ("millrace.request_id", "messaging.message.id", "messaging.message.conversation_id")
 """Span attributes that may hold an id that is not a trace id."""
 
 

@@ -121,6 +121,7 @@ def _listen(port: int) -> socket.socket:
     try:
         listener.bind((LOOPBACK, port))
     except OSError as error:
+        listener.close()
         raise ConfigurationError(f"the embedded broker cannot listen on {LOOPBACK}:{port}: {error.strerror}") from error
     listener.listen(128)
     listener.setblocking(False)

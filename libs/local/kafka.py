@@ -35,7 +35,7 @@ COORDINATES = (f"org.apache.kafka:kafka_2.13:{VERSION}", "org.apache.logging.log
 
 MINIMUM_JAVA = 17
 LOOPBACK = "127.0.0.1"
-_RESOLVE_TIMEOUT_S = 600
+_RESOLVE_TIMEOUT_S = 300
 _JAVA_OPTIONS = (
     "-Xms96m",
     "-XX:+UseSerialGC",
@@ -130,6 +130,23 @@ def cached_classpath(cache: Path) -> tuple[Path, ...] | None:
         return None
     jars = tuple(_directory(cache) / name for name in names)
     return jars if jars and all(jar.is_file() for jar in jars) else None
+
+
+def can_fetch(timeout_s: int = 5) -> bool:
+    """Whether a Maven repository answers when asked for Kafka's description."""
+    if importlib.util.find_spec("jgo") is None:
+        return bool(shutil.which("mvn"))
+    from jgo.maven import MavenContext
+    from requests import RequestException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        context = MavenContext(repo_cache=Path(scratch), timeout=timeout_s)
+        wanted = context.create_dependency(COORDINATES[0]).artifact.component
+        try:
+            wanted.artifact(packaging="pom").resolve()
+        except (RequestException, RuntimeError):
+            return False
+    return True
 
 
 def prepare(installation: Installation, home: Path, port: int, heap_mb: int) -> list[str]:
@@ -272,7 +289,8 @@ def _fetch(cache: Path, progress: Callable[[str], None]) -> tuple[Path, ...]:
         with tempfile.TemporaryDirectory(dir=cache, prefix="kafka-") as scratch:
             jars = Path(scratch) / "jars"
             jars.mkdir()
-            (_fetch_by_maven if shutil.which("mvn") and shutil.which("java") else _fetch_by_jgo)(jars)
+            if not _fetch_by_maven(jars):
+                _fetch_by_jgo(jars)
             names = sorted(jar.name for jar in jars.glob("*.jar"))
             (jars / "classpath").write_text("\n".join(names))
             shutil.rmtree(target, ignore_errors=True)
@@ -285,17 +303,19 @@ def _fetch(cache: Path, progress: Callable[[str], None]) -> tuple[Path, ...]:
     return found
 
 
-def _fetch_by_maven(jars: Path) -> None:
+def _fetch_by_maven(jars: Path) -> bool:
+    """Let the user's Maven do it, with the user's mirrors and proxies; False when there is none or it does not manage."""
+    if not (shutil.which("mvn") and shutil.which("java")):
+        return False
     pom = jars.parent / "pom.xml"
     pom.write_text(_pom())
-    command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
+    command = ["mvn", "-q", "-B", "-f", str(pom), "-Daether.connector.connectTimeout=10000"]
+    command += ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_RESOLVE_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise KafkaUnavailableError(f"Maven did not fetch Kafka {VERSION} within {_RESOLVE_TIMEOUT_S} s") from error
-    if answer.returncode:
-        reason = next((line for line in answer.stdout.splitlines() if line.startswith("[ERROR]")), "no reason given")
-        raise KafkaUnavailableError(f"Maven cannot fetch Kafka {VERSION}: {reason.removeprefix('[ERROR] ')}")
+        answer = subprocess.run(command, capture_output=True, timeout=_RESOLVE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return answer.returncode == 0
 
 
 def _pom() -> str:
@@ -320,7 +340,7 @@ def _fetch_by_jgo(jars: Path) -> None:
     from jgo.maven import MavenContext
     from requests import RequestException
 
-    context = MavenContext(repo_cache=jars.parent / "repository", timeout=60)
+    context = MavenContext(repo_cache=jars.parent / "repository", timeout=20)
     try:
         wanted, binding = (context.create_dependency(coordinate) for coordinate in COORDINATES)
         inputs, others = context.resolver.resolve([wanted])
@@ -330,7 +350,7 @@ def _fetch_by_jgo(jars: Path) -> None:
                 shutil.copy(dependency.artifact.resolve(), jars)
     except (RequestException, RuntimeError, ValueError) as error:
         raise KafkaUnavailableError(
-            f"jgo cannot fetch Kafka {VERSION}: {_first_line(str(error))}; is a Maven repository reachable from here?"
+            f"Kafka {VERSION} cannot be fetched ({type(error).__name__}); is a Maven repository reachable from here?"
         ) from error
 
 

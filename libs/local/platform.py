@@ -58,6 +58,7 @@ class Notice:
 
 
 Listener = Callable[[Event | Notice], None]
+Plan = Callable[[LocalSettings, Home, Broker, jaeger.Jaeger | None], list[Part]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,19 @@ class DownReport:
     leftovers_ended: int
 
 
-def up(settings: LocalSettings, listener: Listener, on_ready: Callable[[PlatformStatus], None]) -> None:
+def up(
+    settings: LocalSettings, listener: Listener, on_ready: Callable[[PlatformStatus], None], plan: Plan | None = None
+) -> None:
     """Run the platform in this process until SIGINT or SIGTERM, then stop everything.
+
+    Parameters
+    ----------
+    listener
+        Is told of every change of a part and of everything the user should know; called in this thread.
+    on_ready
+        Called once, when every part is ready.
+    plan
+        What the platform consists of; ``parts`` unless given.
 
     Raises
     ------
@@ -120,8 +132,8 @@ def up(settings: LocalSettings, listener: Listener, on_ready: Callable[[Platform
         try:
             broker = choose_broker(settings, listener)
             tracing = find_jaeger(settings, home, listener)
-            plan = parts(settings, home, broker, tracing)
-            asyncio.run(_supervise(settings, home, broker, tracing, plan, listener, on_ready))
+            listed = (plan or parts)(settings, home, broker, tracing)
+            asyncio.run(_supervise(settings, home, broker, tracing, listed, listener, on_ready))
         finally:
             processes.end(processes.members(home.instance), grace_s=2)
             home.state_file.unlink(missing_ok=True)
@@ -140,13 +152,14 @@ def up_detached(settings: LocalSettings, listener: Listener) -> PlatformStatus:
     home.create()
     reading, writing = os.pipe()
     with home.log.open("ab") as log:
-        supervisor = subprocess.Popen(
+        subprocess.run(
             [sys.executable, "-m", "libs.local.platform", "--report", str(writing), "--settings", settings.model_dump_json()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
             pass_fds=(writing,),
+            check=False,
         )
     os.close(writing)
     try:
@@ -155,8 +168,7 @@ def up_detached(settings: LocalSettings, listener: Listener) -> PlatformStatus:
                 if _relay(json.loads(line), listener):
                     return status(settings)
     except KeyboardInterrupt:
-        supervisor.terminate()
-        supervisor.wait()
+        down(settings)
         raise
     raise PartFailedError(f"the platform's supervisor ended unexpectedly; its log is {home.log}", processes.last_lines(home.log))
 
@@ -507,11 +519,13 @@ class _Reporter:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """What ``up_detached`` starts."""
+    """What ``up_detached`` starts: returns at once, and goes on as an orphan that nobody has to wait for."""
     parser = argparse.ArgumentParser(prog="python -m libs.local.platform", description=__doc__)
     parser.add_argument("--settings", required=True, help="LocalSettings as JSON")
     parser.add_argument("--report", type=int, required=True, help="file descriptor to report to until ready")
     options = parser.parse_args(arguments)
+    if os.fork():
+        return
     reporter = _Reporter(options.report)
     try:
         up(LocalSettings.model_validate_json(options.settings), reporter.listen, reporter.ready)

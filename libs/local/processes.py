@@ -130,11 +130,11 @@ def holder_of_port(port: int) -> str:
     return "another process"
 
 
-def last_lines(log: Path, count: int = 20, size_bytes: int = 16_384) -> list[str]:
-    """The end of a log file, oldest line first; empty when there is none."""
+def last_lines(log: Path, offset: int = 0, count: int = 20, size_bytes: int = 16_384) -> list[str]:
+    """The end of a log file, nothing before ``offset``, oldest line first; empty when there is none."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - size_bytes))
+            file.seek(max(offset, log.stat().st_size - size_bytes))
             return file.read().decode(errors="replace").splitlines()[-count:]
     except OSError:
         return []

@@ -33,7 +33,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -108,9 +107,8 @@ def _launch(home: Path) -> int:
     with (home / "run" / "ray.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"a Ray head of {home} is already running", file=sys.stderr)
-            return 1
+        except BlockingIOError:
+            raise SystemExit(f"a Ray head of {home} is already running") from None
         _write_token(token_path(home))
         _remove_stale(home)
         session = _session_directory(home)
@@ -140,8 +138,8 @@ def _run_keeper(home: Path, session: Path) -> int:
     _kill_session(keeper.pid)
     keeper.wait()
     if not asked:
-        print(f"Ray ended by itself; its logs are in {home / 'logs' / 'ray'}", file=sys.stderr)
-    return 0 if asked else 1
+        raise SystemExit(f"Ray ended by itself; its logs are in {home / 'logs' / 'ray'}")
+    return 0
 
 
 def _server_environment() -> dict[str, str]:
@@ -165,12 +163,8 @@ def _keep(home: Path, session: Path) -> int:
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
-    class LoopbackHead(Node):  # type: ignore[misc]  # ray is not typed here
-        """A head without the dashboard's server, which Ray starts even when the dashboard is off."""
-
-        def start_api_server(self, **_: Any) -> None:
-            """Start nothing."""
-
+    # A head without the dashboard's server, which Ray starts even when the dashboard is off.
+    loopback_head = type("LoopbackHead", (Node,), {"start_api_server": lambda *_, **__: None})
     # Ray starts the per-node agent in its minimal form, without HTTP, gRPC and metrics servers, when the dashboard's
     # packages are missing; it has no other switch for that.
     ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("switched off")
@@ -185,13 +179,13 @@ def _keep(home: Path, session: Path) -> int:
         include_log_monitor=False,
         no_monitor=True,
     )
-    node = LoopbackHead(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+    node = loopback_head(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
     partial = address_path(home).with_suffix(".partial")
     partial.write_text(json.dumps({"address": node.gcs_address}))
     partial.replace(address_path(home))
     pids = [str(node.all_processes[kind][0].process.pid) for kind in ("gcs_server", "raylet")]
     program = [sys.executable, "-m", "libs.local.ray_head", "--home", str(home), "--keep", str(session), "--watch", *pids]
-    os.execv(sys.executable, program)
+    os.execv(sys.executable, program)  # noqa: S606 (no shell is meant)
 
 
 def _watch(session: Path, gcs_pid: int, raylet_pid: int) -> int:
@@ -240,7 +234,7 @@ def _members(leader: int) -> list[int]:
 
 def _session_directory(home: Path) -> Path:
     """Make a private directory with a short path (a socket's path has 107 bytes at most) and point Ray's logs into the home."""
-    session = Path(tempfile.mkdtemp(prefix="millrace-ray-", dir="/tmp"))  # noqa: S108 (made with mode 0700)
+    session = Path(tempfile.mkdtemp(prefix="millrace-ray-", dir="/tmp"))
     (home / "run" / "ray.session").write_text(str(session))
     logs = home / "logs" / "ray"
     for old in sorted(logs.iterdir())[: -(KEPT_LOGS - 1)]:

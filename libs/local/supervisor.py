@@ -119,6 +119,7 @@ class Running:
     lapsed: asyncio.Event = field(default_factory=asyncio.Event)
     process: asyncio.subprocess.Process | None = None
     restart_asked: bool = False
+    log_offset: int = 0
 
 
 class _NotReadyError(Exception):
@@ -281,6 +282,7 @@ class Supervisor:
         self._spawning += 1
         try:
             with log.open("ab") as output:
+                running.log_offset = output.tell()
                 running.process = await asyncio.create_subprocess_exec(
                     *part.argv,
                     env={**self._environment, **environment},
@@ -369,11 +371,11 @@ class Supervisor:
         running.stopped.set()
 
     def _failure(self, running: Running, reason: str) -> PartFailedError:
+        if not running.part.argv:
+            return PartFailedError(f"{running.part.name} is not ready: {reason}")
         log = self._logs / f"{running.part.name}.log"
-        where = f"; its log is {log}" if running.part.argv else ""
-        return PartFailedError(
-            f"{running.part.name} does not start: {reason}{where}", processes.last_lines(log) if running.part.argv else ()
-        )
+        lines = processes.last_lines(log, running.log_offset)
+        return PartFailedError(f"{running.part.name} does not start: {reason}; its log is {log}", lines)
 
     def _change(self, running: Running, state: State, detail: str = "") -> None:
         running.state = state

@@ -6,11 +6,11 @@ could be lost. Its topics are therefore read with ``acks=False``, and the offset
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import faust
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from yarl import URL
@@ -19,7 +19,7 @@ from libs.errors import TransientError
 from libs.messaging.broker import Broker, Offsets
 from libs.messaging.consumer import ConsumerRunner
 from libs.messaging.errors import BrokenClientError
-from libs.messaging.kafka import group_member
+from libs.messaging.kafka import FETCH_MAX_WAIT_MS, all_partitions, group_member
 from libs.messaging.loop import GRACE_S
 from libs.messaging.processing import Processor
 from libs.messaging.records import Record
@@ -109,36 +109,70 @@ def faust_app(settings: KafkaSettings, group: str) -> faust.App:
         topic_disable_leader=True,
         consumer_auto_offset_reset="earliest",
         consumer_group_instance_id=group_member(settings, group),
-        broker_request_timeout=settings.request_timeout_ms / 1000,
+        broker_request_timeout=max(settings.request_timeout_ms, settings.session_timeout_ms) / 1000,
         broker_session_timeout=settings.session_timeout_ms / 1000,
         broker_heartbeat_interval=settings.session_timeout_ms / 3000,
         # A model environment may take minutes to build; liveness is what heartbeats are for.
         broker_max_poll_interval=3600.0,
         broker_max_poll_records=_AHEAD_RECORDS,
+        broker_check_crcs=not settings.embedded,
         stream_wait_empty=False,
         store="memory://",
         processing_guarantee="at_least_once",
     )
-    app.transport = _ReadCommittedTransport([URL(server) for server in servers.split(";")], app)
+    transport = _EmbeddedTransport if settings.embedded else _Transport
+    app.transport = transport([URL(server) for server in servers.split(";")], app)
     return app
 
 
-class _ReadCommittedThread(driver.AIOKafkaConsumerThread):
-    """Faust reads uncommitted records unless it is itself transactional; the registry's aborted transactions must not be seen."""
+class _Thread(driver.AIOKafkaConsumerThread):
+    """Changes two things that faust has no setting for.
+
+    It reads uncommitted records unless it is itself transactional, but the registry's aborted transactions must not be seen. It lets the
+    broker hold a fetch for 1.5 s, in which a record of a topic that is not part of the fetch has to wait.
+    """
 
     def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:
         consumer = super()._create_worker_consumer(transport)
         consumer._isolation_level = "read_committed"
+        consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
         return consumer
 
 
-class _ReadCommittedConsumer(driver.Consumer):
+class _EmbeddedThread(_Thread):
+    """On the embedded broker takes all partitions without asking, for the reason given at ``kafka.KafkaConsumer``."""
+
+    async def subscribe(self, topics: Iterable[str]) -> None:
+        await self.call_thread(self._assign, tuple(topics))
+
+    async def _assign(self, topics: Iterable[str]) -> None:
+        consumer = self._ensure_consumer()
+        places = await all_partitions(consumer, topics)
+        consumer.assign(places)
+        # As a task: faust announces an assignment only after `subscribe` has returned.
+        self._announcing = asyncio.create_task(self._announce(places))
+
+    async def _announce(self, places: Iterable[TopicPartition]) -> None:
+        self.app.on_rebalance_start()
+        await self._rebalance_listener.on_partitions_assigned(places)
+
+
+class _Consumer(driver.Consumer):
     def _new_consumer_thread(self) -> driver.AIOKafkaConsumerThread:
-        return _ReadCommittedThread(self, loop=self.loop, beacon=self.beacon)
+        return _Thread(self, loop=self.loop, beacon=self.beacon)
 
 
-class _ReadCommittedTransport(driver.Transport):
-    Consumer = _ReadCommittedConsumer
+class _EmbeddedConsumer(driver.Consumer):
+    def _new_consumer_thread(self) -> driver.AIOKafkaConsumerThread:
+        return _EmbeddedThread(self, loop=self.loop, beacon=self.beacon)
+
+
+class _Transport(driver.Transport):
+    Consumer = _Consumer
+
+
+class _EmbeddedTransport(driver.Transport):
+    Consumer = _EmbeddedConsumer
 
 
 def _record(message: Any) -> Record:

@@ -32,8 +32,13 @@ class Loop:
 
     async def run(self) -> None:
         """Returns after ``stop``; raises what a step raised."""
-        self._task = asyncio.create_task(self._repeat(), name=self._name)
-        await self._task
+        task = self._task = asyncio.create_task(self._repeat(), name=self._name)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        if not task.cancelled():
+            task.result()
 
     async def stop(self) -> None:
         """Wait for the current step; may be called before ``run``, or without it."""

@@ -147,9 +147,7 @@ class Processor:
 
     def _published(self, results: Sequence[Payload | Record], cause: Event[Payload]) -> list[Record]:
         ordinals: Counter[tuple[str, str]] = Counter()
-        records = []
-        for result in results:
-            records.append(result if isinstance(result, Record) else self._caused(result, cause, ordinals))
+        records = [result if isinstance(result, Record) else self._caused(result, cause, ordinals) for result in results]
         refuse_oversized(records)
         return records
 

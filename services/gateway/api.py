@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from libs.errors import InvalidArgumentError, MillraceError, PayloadTooLargeError
 from services.gateway import bodies
 from services.gateway.errors import InternalError
-from services.gateway.exchange import error_answer
+from services.gateway.exchange import TOLD, error_answer
 from services.gateway.handlers import Answer, Management
 from services.gateway.journal import EventFilter
 from services.gateway.validation import sentence
@@ -25,9 +25,6 @@ _WAIT = re.compile(r"wait=(\d{1,9})")
 
 Prefer = Annotated[str | None, Header(description="`wait=S`: seconds to wait for the answer; `respond-async`: do not wait (RFC 7240).")]
 Force = Annotated[bool, Query(description="Also when it takes traffic.")]
-
-TOLD = "millrace.error"
-"""Key of the scope under which the error that was answered is left for the front's log and trace."""
 
 
 def create_api(management: Management) -> FastAPI:
@@ -205,15 +202,15 @@ def _translate_errors(api: FastAPI) -> None:
         return _error(request, InvalidArgumentError(_request_problem(error)))
 
     @api.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        return _plain_error(request, error.status_code, str(error.detail))
+    async def http_error(_request: Request, error: HTTPException) -> Response:
+        return _json({"error": str(error.detail)}, error.status_code)
 
     @api.exception_handler(ClientDisconnect)
     async def client_gone(_request: Request, _error: ClientDisconnect) -> Response:
         return Response(status_code=400)
 
     @api.exception_handler(Exception)
-    async def bug(request: Request, _error: Exception) -> Response:
+    async def bug(_request: Request, _error: Exception) -> Response:
         return _error_response(InternalError("something went wrong in the gateway; its log tells more under this request's x-request-id"))
 
 
@@ -233,10 +230,6 @@ def _error_response(error: MillraceError) -> Response:
     answer = error_answer(error)
     headers = {name.decode(): value.decode() for name, value in answer.headers}
     return Response(answer.body, answer.status, headers, media_type="application/json")
-
-
-def _plain_error(_request: Request, status: int, message: str) -> Response:
-    return Response(orjson.dumps({"error": message}), status, media_type="application/json")
 
 
 def _response(answer: Answer) -> Response:

@@ -17,9 +17,9 @@ from services.gateway.api import create_api
 from services.gateway.catalog import Catalog
 from services.gateway.commands import Commander
 from services.gateway.front import Front
+from services.gateway.handlers import Management
 from services.gateway.health import Health
 from services.gateway.journal import MAX_DEAD_LETTERS, MAX_EVENTS, Journal
-from services.gateway.handlers import Management
 from services.gateway.predict import PredictDoors
 from services.gateway.runners import Runners
 from services.gateway.server import HttpServer

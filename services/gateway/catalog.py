@@ -7,6 +7,7 @@ from libs.errors import MillraceError, NotFoundError
 from libs.inference.routing import RoutingTable
 from libs.messaging import cloudevents
 from libs.messaging.records import Record
+from schemas.base import Payload
 from schemas.registry import (
     AliasSet,
     DeploymentRemovalRequested,
@@ -25,7 +26,6 @@ from schemas.registry import (
     VersionSnapshot,
     VersionStatus,
 )
-from schemas.base import Payload
 from services.gateway.changes import Changes
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """One HTTP request and its answer, without a framework."""
 
 import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from libs.errors import InvalidArgumentError, MillraceError, PayloadTooLargeErro
 from services.gateway.errors import MethodNotAllowedError
 
 Headers = Mapping[bytes, bytes]
+
+TOLD = "millrace.error"
+"""Key of an ASGI scope under which an application leaves the error that it answered, for the log and the trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,9 @@ class Outgoing:
 
     async def send(self, send: Send) -> None:
         """Send the whole answer."""
-        await send(self.start_message())
-        await send({"type": "http.response.body", "body": self.body})
-
-    def start_message(self) -> MutableMapping[str, Any]:
-        """The ASGI message that begins it."""
         headers = [(b"content-type", self.media_type), (b"content-length", b"%d" % len(self.body)), *self.headers]
-        return {"type": "http.response.start", "status": self.status, "headers": headers}
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 def json_answer(content: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> Outgoing:
@@ -63,7 +62,7 @@ def error_answer(error: MillraceError) -> Outgoing:
         headers.append((b"allow", ", ".join(error.allowed).encode()))
     if error.retryable:
         headers.append((b"retry-after", b"1"))
-    return json_answer({"error": error.message}, error.http_status, tuple(headers))
+    return json_answer({"error": error.message}, int(error.http_status), tuple(headers))
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytearray:

@@ -26,13 +26,13 @@ from libs.errors import MillraceError
 from services.gateway import routes
 from services.gateway.access import AccessControl
 from services.gateway.errors import InternalError
-from services.gateway.exchange import Headers, Incoming, Outgoing, error_answer, read_body
+from services.gateway.exchange import TOLD, Headers, Incoming, error_answer, read_body
 from services.gateway.predict import Handler
 from services.gateway.routes import Door, Found, HttpRoute
 
 log = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 
 LINGER_S = 2.0
@@ -73,7 +73,7 @@ class Front:
         headers: Headers = dict(scope["headers"])
         request_id = _request_id(headers)
         found = routes.find(scope["method"], _raw_path(scope))
-        exchange = _Exchange(receive, send, request_id)
+        exchange = _Exchange(receive, send, headers, request_id)
         with (
             telemetry.log_context(request_id=request_id),
             telemetry.tracer().start_as_current_span(
@@ -93,11 +93,10 @@ class Front:
             self._access.admit(found.route, headers)
             if found.error is not None:
                 raise found.error
-            if found.route is not None:
-                await self._dispatch(found.route, found.parameters, scope, headers, exchange)
-            return None
+            if found.route is None:
+                return None
+            return await self._dispatch(found.route, found.parameters, scope, headers, exchange)
         except ClientDisconnect:
-            exchange.gone = True
             return None
         except MillraceError as error:
             told = error
@@ -105,34 +104,40 @@ class Front:
             log.exception("a bug: %s %s failed", scope["method"], found.route.template if found.route else scope["path"])
             told = InternalError("something went wrong in the gateway; its log tells more under this request's x-request-id")
         if exchange.status == 0:
-            await exchange.refuse(error_answer(told))
+            await error_answer(told).send(exchange.send)
         return told
 
     async def _dispatch(
         self, route: HttpRoute, parameters: Mapping[str, str], scope: Scope, headers: Headers, exchange: "_Exchange"
-    ) -> None:
+    ) -> MillraceError | None:
         if route.door is Door.PLAIN:
             body = await read_body(exchange.receive, headers, self._predict_max_bytes) if route.method == "POST" else b""
             answer = await self._plain[route.method, route.template](Incoming(parameters, headers, body))
             await answer.send(exchange.send)
-        elif route.door is Door.API_STREAM:
-            await self._api(scope, exchange.receive, exchange.send)
-        else:
-            body = await read_body(exchange.receive, headers, self._management_max_bytes)
-            scope = {**scope, "headers": _as_json(scope["headers"])}
-            await self._api(scope, _replayed(bytes(body), exchange.receive), exchange.send)
+            return None
+        receive: Receive = exchange.receive
+        scope = {**scope}
+        if route.door is Door.API:
+            body = await read_body(receive, headers, self._management_max_bytes)
+            scope["headers"] = _as_json(scope["headers"])
+            receive = _replayed(bytes(body), receive)
+        await self._api(scope, receive, exchange.send)
+        told: MillraceError | None = scope.get(TOLD)
+        return told
 
 
 class _Exchange:
-    """The two ends of a request, watched: what was answered, and what was read."""
+    """The two ends of a request, watched: what was answered, and whether more of the body is to come.
 
-    def __init__(self, receive: Receive, send: Send, request_id: bytes) -> None:
+    When a request is refused before all of it was read, the rest is read and thrown away for a while, and the connection closed.
+    """
+
+    def __init__(self, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
         self._receive = receive
         self._send = send
-        self._request_id = request_id
-        self._has_more = True
+        self._request_id = request_id.encode()
+        self._has_more = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         self.status = 0
-        self.gone = False
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -141,21 +146,19 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
+        refusing = self.status >= 400 and self._has_more
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", self._request_id)]}
-        await self._send(message)
-
-    async def refuse(self, answer: Outgoing) -> None:
-        """Send an error; what is left of the request is read and thrown away, for a while, so that the error arrives."""
-        if not self._has_more:
-            await answer.send(self.send)
-            return
-        start = answer.start_message()
-        await self.send({**start, "headers": [*start["headers"], (b"connection", b"close")]})
-        await self.send({"type": "http.response.body", "body": answer.body, "more_body": True})
-        await self._discard()
-        await self.send({"type": "http.response.body", "body": b""})
+            headers = [*message["headers"], (b"x-request-id", self._request_id)]
+            if self.status >= 400 and self._has_more:
+                headers.append((b"connection", b"close"))
+            await self._send({**message, "headers": headers})
+        elif refusing and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._discard()
+            await self._send({"type": "http.response.body", "body": b""})
+        else:
+            await self._send(message)
 
     async def _discard(self) -> None:
         read_bytes = 0
@@ -167,9 +170,9 @@ class _Exchange:
             return
 
 
-def _request_id(headers: Headers) -> bytes:
-    given = headers.get(b"x-request-id")
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+def _request_id(headers: Headers) -> str:
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _raw_path(scope: Scope) -> str:

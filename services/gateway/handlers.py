@@ -202,24 +202,25 @@ class Management:
         """Server-sent events: each matching event from now on, or from the one after ``last_event_id`` if it is still kept."""
         subscription = self.journal.subscribe(wanted)
         closing = asyncio.create_task(self._health.closing())
+        getting = asyncio.create_task(subscription.queue.get())
         try:
             yield b": listening\n\n"
             if last_event_id is not None:
                 for told in _after(self.journal.events(EventFilter()), last_event_id, wanted):
                     yield _server_sent(told)
             while not closing.done():
-                getting = asyncio.create_task(subscription.queue.get())
                 await asyncio.wait({getting, closing}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
                 if getting.done():
                     yield _server_sent(getting.result())
-                    continue
-                getting.cancel()
-                if subscription.overflowed and subscription.queue.empty():
+                    getting = asyncio.create_task(subscription.queue.get())
+                elif subscription.overflowed:
                     yield b": too slow, events were left out; connect again with Last-Event-ID\n\n"
                     return
-                yield b": alive\n\n"
+                else:
+                    yield b": alive\n\n"
         finally:
             closing.cancel()
+            getting.cancel()
             self.journal.unsubscribe(subscription)
 
     async def replay(self, letter_id: str) -> View:

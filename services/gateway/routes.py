@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from types import MappingProxyType
 from typing import get_args
 from urllib.parse import unquote_to_bytes
 
@@ -97,7 +96,7 @@ class Found:
     """What a request line means: a route with its parameters, or the error it deserves (told only to who may know)."""
 
     route: HttpRoute | None
-    parameters: Mapping[str, str] = MappingProxyType({})
+    parameters: Mapping[str, str] = field(default_factory=dict)
     error: MillraceError | None = None
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.settings import ArtifactSettings, KafkaSettings, ProcessSettings, RunnerSettings, TelemetrySettings
@@ -14,9 +14,9 @@ class Settings(BaseSettings):
     Any ``host`` but a loopback address needs API keys; ``build()`` refuses to start without.
     """
 
-    model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True, populate_by_name=True)
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: str = Field("127.0.0.1", validation_alias=AliasChoices("GATEWAY_HOST", "GATEWAY_HTTP_HOST"), description="Address to listen on.")
     http_port: int = Field(8080, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
     api_keys: SecretStr = Field(SecretStr(""), description="Bearer keys, as name:key,name:key; each key has at least 16 characters.")
     api_keys_file: Path | None = Field(None, description="File with lines name:SHA-256 of the key (hex); # begins a comment.")
@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     )
     broker_timeout_s: float = Field(5.0, gt=0, description="Longest time the broker may take to accept a record, in seconds.")
     drain_timeout_s: float = Field(
-        15.0, gt=0, description="Longest time requests in flight may take once the process is told to stop, in seconds."
+        10.0, gt=0, description="Longest time requests in flight may take once the process is told to stop, in seconds."
     )
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)

@@ -41,3 +41,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(exit_code, captured.out, captured.err)
 
     return run_command
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for the state at once when there are no events, instead of after a second."""
+    monkeypatch.setattr("libs.cli.stages.REFRESH_S", 0.01)

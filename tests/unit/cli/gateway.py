@@ -78,7 +78,7 @@ class FakeGateway:
         self._subscribers.append(subscriber)
         return subscriber
 
-    def _handler_class(gateway) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - the handler's own self is the other one
+    def _handler_class(gateway) -> type[BaseHTTPRequestHandler]:
         class _Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -111,7 +111,7 @@ class FakeGateway:
 
             do_GET = do_POST = do_PUT = do_DELETE = _serve
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, *_: Any) -> None:
                 pass
 
         return _Handler

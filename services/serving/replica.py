@@ -1,0 +1,108 @@
+"""The Serve deployment class: one replica supervises one runner. Nothing of a model is imported or unpickled here."""
+
+import asyncio
+from pathlib import Path
+
+from libs.artifacts.factory import from_settings
+from libs.environments import EnvironmentCache
+from libs.inference.client import RunnerClient
+from libs.inference.supervisor import RunnerExit, RunnerProcess, RunnerSpec
+from libs.inference.tokens import runner_token
+from libs.settings import ArtifactSettings
+from services.serving import adapters
+from services.serving.keeper import Announcement, RunnerKeeper
+from services.serving.spec import Places, ReplicaSpec
+
+PING_TIMEOUT_S = 5.0
+DRAIN_S = 5.0
+"""How long a stopping runner may take to finish what it was asked; gateways have been told by then."""
+
+
+class ModelRunner:
+    """A runner and a connection to it; what ``RunnerKeeper`` keeps."""
+
+    def __init__(self, process: RunnerProcess) -> None:
+        self._process = process
+        self._client: RunnerClient = process.client()
+
+    @property
+    def address(self) -> str:
+        return self._process.address
+
+    async def ping(self) -> None:
+        await self._client.ping(timeout_s=PING_TIMEOUT_S)
+
+    async def wait_exit(self) -> RunnerExit:
+        return await self._process.wait_exit()
+
+    async def stop(self) -> None:
+        await self._client.close()
+        await self._process.stop(DRAIN_S)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class ModelReplica:
+    """Fetches an artifact, ensures its environment, keeps a runner of it alive.
+
+    Serve makes it with a ``ReplicaSpec`` as JSON, calls ``check_health`` and, at the end, ``__del__`` (both may be coroutines). It takes no
+    requests: gateways talk to the runner, whose address is announced by ``adapters.announce``.
+    """
+
+    async def __init__(self, spec: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        adapters.keep_on_loopback()
+        self._spec = ReplicaSpec.model_validate_json(spec)
+        self._replica_id = adapters.own_replica_id()
+        self._directory = adapters.replica_directory(self._replica_id)
+        self._keeper = RunnerKeeper(self._start_runner, self._announce)
+        try:
+            self._runner_spec = await self._prepare()
+            await self._keeper.start()
+        except Exception as error:
+            await asyncio.to_thread(adapters.announce_failure, self._spec.deployment_id, str(error))
+            raise
+
+    async def check_health(self) -> None:
+        """Raise when the runner does not answer or cannot be brought back; while it is being restarted the replica is healthy."""
+        await self._keeper.check()
+
+    async def __del__(self) -> None:
+        await self._keeper.stop()
+        await asyncio.to_thread(adapters.remove_directory, self._directory)
+
+    async def _prepare(self) -> RunnerSpec:
+        spec, places = self._spec, self._spec.places
+        python, artifact = await asyncio.gather(
+            EnvironmentCache(places.environments_dir).ensure(spec.environment), _fetch(spec.artifact_sha256, places)
+        )
+        key = await asyncio.to_thread(places.runner_key_file.read_bytes)
+        scratch = self._directory / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        return RunnerSpec(
+            python=python,
+            artifact=artifact,
+            format=spec.format.value,
+            runner_id=self._replica_id,
+            token=runner_token(key.strip(), self._replica_id),
+            address=adapters.listen_address(places.listen, self._directory),
+            scratch=scratch,
+            log=adapters.runner_log(spec.deployment_id, self._replica_id),
+            threads=spec.threads,
+            start_timeout_s=spec.start_timeout_s,
+        )
+
+    async def _start_runner(self) -> ModelRunner:
+        return ModelRunner(await RunnerProcess.start(self._runner_spec))
+
+    async def _announce(self, announcement: Announcement) -> None:
+        await asyncio.to_thread(adapters.announce, self._spec.deployment_id, self._replica_id, announcement)
+
+
+async def _fetch(sha256: str, places: Places) -> Path:
+    """The artifact as a file; a file of that name in the cache was complete and right when it appeared there."""
+    path = places.artifact_cache_dir / sha256
+    if not await asyncio.to_thread(path.exists):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        await from_settings(ArtifactSettings(url=places.artifacts_url)).fetch_to(sha256, path)
+    return path

@@ -1,0 +1,60 @@
+"""What a replica is told to run: plain data, because it crosses to Ray's workers."""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from schemas.base import Contract, Sha256
+from schemas.environment import EnvironmentLock
+from schemas.registry import ArtifactFormat, DeploymentSnapshot
+
+
+class Places(Contract):
+    """Where the machines that run replicas find things; the same on each of them.
+
+    ``listen`` is ``unix`` when the gateways are on the replica's machine, else ``tcp``. The runner key is read where the replica
+    runs, so that the secret does not travel.
+    """
+
+    artifacts_url: str = Field(description="file:///directory or s3://bucket[/prefix]; S3 credentials come from ARTIFACTS_*.")
+    artifact_cache_dir: Path = Field(description="Artifacts that were fetched, one file each, named by digest.")
+    environments_dir: Path = Field(description="Directory of the content-addressed environments.")
+    runner_key_file: Path = Field(description="File with the platform's runner key.")
+    listen: Literal["unix", "tcp"] = "unix"
+
+
+class ReplicaSpec(Contract):
+    """What one replica runs, and within which limits."""
+
+    deployment_id: str
+    model_name: str
+    version: int
+    artifact_sha256: Sha256
+    format: ArtifactFormat
+    environment: EnvironmentLock
+    places: Places
+    threads: int = Field(default=1, ge=1, description="Threads of the numeric libraries.")
+    memory_bytes: int | None = Field(default=None, description="What the model may allocate; None: no limit.")
+    start_timeout_s: float = Field(default=60.0, gt=0, description="Longest time until the model is loaded, in seconds.")
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal specs; 16 hexadecimal digits."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def replica_spec(snapshot: DeploymentSnapshot, places: Places, *, threads: int = 1, memory_bytes: int | None = None) -> ReplicaSpec:
+    """What the replicas of a deployment run; its generation and how many they are is no part of it."""
+    return ReplicaSpec(
+        deployment_id=snapshot.deployment_id,
+        model_name=snapshot.model_name,
+        version=snapshot.version,
+        artifact_sha256=snapshot.artifact.sha256,
+        format=snapshot.format,
+        environment=snapshot.environment,
+        places=places,
+        threads=threads,
+        memory_bytes=memory_bytes,
+    )

@@ -1,0 +1,181 @@
+"""The judgement on what a pickle imports: what may never be imported, what is known, and what the trial run must show.
+
+A list of names cannot prove that a pickle is harmless, and does not try to: what passes is loaded in the cage only. It refuses what no
+model has a reason to import, before anything is built or run, and says which name it was.
+"""
+
+from schemas.validation import Finding
+from services.validator.pickle_stream import Global, PickleFacts
+from services.validator.rules import rejection, warning
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SAFE_BUILTINS = _words(
+    """
+    object type int float bool complex str bytes bytearray list tuple dict set frozenset slice range Ellipsis NotImplemented
+    len min max sum abs round sorted zip reversed enumerate any all divmod pow repr hash ord chr property staticmethod classmethod
+    Exception ValueError TypeError KeyError IndexError RuntimeError ArithmeticError ZeroDivisionError OverflowError Warning UserWarning
+    DeprecationWarning FutureWarning RuntimeWarning
+    """
+)
+
+FORBIDDEN_ROOTS = _words(
+    """
+    os posix nt posixpath ntpath sys subprocess _posixsubprocess pty socket _socket ssl select selectors socketserver http urllib ftplib
+    smtplib poplib imaplib telnetlib xmlrpc asyncio multiprocessing _multiprocessing threading _thread concurrent ctypes _ctypes cffi
+    importlib imp _imp runpy code codeop marshal pickle _pickle cPickle dill cloudpickle shelve dbm sqlite3 shutil tempfile glob fileinput
+    webbrowser pdb bdb trace timeit cProfile profile pstats pydoc doctest unittest distutils setuptools pkg_resources pip venv ensurepip
+    zipimport pkgutil site sysconfig signal resource gc inspect ast dis tokenize linecache traceback faulthandler atexit io _io mmap
+    zipfile tarfile lib2to3 idlelib tkinter turtle readline rlcompleter cmd platform getpass pwd grp fcntl termios requests httpx aiohttp
+    paramiko fabric pexpect sh torch.hub IPython nbformat
+    """
+)
+"""Packages and modules that reach the machine, run text as a program, or load other pickles."""
+
+FORBIDDEN_PATHS = (
+    "_codecs.lookup",
+    "codecs",
+    "functools.reduce",
+    "joblib.dump",
+    "joblib.load",
+    "joblib.memory",
+    "joblib.externals",
+    "joblib.parallel",
+    "joblib._parallel_backends",
+    "joblib.executor",
+    "joblib.pool",
+    "logging.config",
+    "logging.FileHandler",
+    "logging.handlers",
+    "numpy.ctypeslib",
+    "numpy.distutils",
+    "numpy.f2py",
+    "numpy.fromfile",
+    "numpy.genfromtxt",
+    "numpy.lib.npyio",
+    "numpy.lib._npyio_impl",
+    "numpy.load",
+    "numpy.loadtxt",
+    "numpy.save",
+    "numpy.savetxt",
+    "numpy.testing",
+    "operator.attrgetter",
+    "operator.methodcaller",
+    "_operator.attrgetter",
+    "_operator.methodcaller",
+    "pandas.eval",
+    "pandas.io",
+    "pandas.compat.pickle_compat",
+    "pandas.core.computation",
+    "pandas.read_",
+    "scipy.io",
+    "sklearn.datasets",
+    "sklearn.utils._testing",
+    "sklearn.utils._joblib",
+    "types.CodeType",
+    "types.FunctionType",
+    "types.MethodType",
+    "types.LambdaType",
+)
+"""Parts of otherwise good packages that reach files, the network or an interpreter. A prefix ends at a dot, or is the whole name."""
+
+FORBIDDEN_MODULE_NAMES = _words(
+    """
+    os posix nt sys subprocess builtins importlib socket ctypes _ctypes pickle _pickle cloudpickle marshal shutil runpy multiprocessing pty
+    """
+)
+"""Modules that libraries import for themselves: ``joblib.parallel`` has an ``os``, so the name ``os.system`` in it must not pass."""
+
+FORBIDDEN_NAMES = _words(
+    """
+    eval exec execfile compile system popen Popen check_output check_call spawn spawnl spawnv execv execve __import__ import_module
+    getattr setattr delattr globals locals vars open input breakpoint run_module run_path loads runstring exec_command
+    __builtins__ __globals__ __subclasses__ __getattribute__ __class__ __bases__ __mro__ __code__ __dict__ __reduce__ __reduce_ex__
+    __loader__ __spec__
+    """
+)
+"""Names that no model imports from anywhere."""
+
+STANDARD_ROOTS = _words(
+    """
+    builtins __builtin__ copyreg copy_reg collections datetime decimal fractions math cmath numbers statistics random itertools
+    functools operator _operator enum re uuid array bisect heapq string types typing dataclasses copy weakref abc _codecs _collections
+    zoneinfo pathlib time calendar hashlib logging warnings textwrap unicodedata contextlib
+    """
+)
+
+
+def judge(facts: PickleFacts, known_roots: frozenset[str]) -> tuple[Finding, ...]:
+    """Return what there is to say of a pickle.
+
+    Parameters
+    ----------
+    known_roots
+        Top-level packages that some requirement provides.
+    """
+    findings = [finding for name, position in facts.globals.items() if (finding := _judge_global(name, position)) is not None]
+    findings += _references(facts)
+    unknown = sorted(facts.roots - known_roots - STANDARD_ROOTS - FORBIDDEN_ROOTS - {"__main__"})
+    findings += [
+        warning(
+            "pickle.unknown_module",
+            f"the artifact imports '{root}', which no known package provides; name it in the requirements",
+            module=root,
+        )
+        for root in unknown
+    ]
+    if facts.has_trailing_bytes:
+        findings.append(warning("pickle.trailing_bytes", "bytes follow the end of the pickle; they are not read"))
+    return tuple(findings)
+
+
+def _references(facts: PickleFacts) -> list[Finding]:
+    findings = []
+    if facts.computed_globals:
+        message = "the artifact imports names that it computes while it is loaded, so that nobody can tell what they are"
+        findings.append(rejection("pickle.computed_global", message, positions=facts.computed_globals[:10]))
+    if facts.extension_codes:
+        message = "the artifact imports names by number (extension codes), which only the process that wrote it can read"
+        findings.append(rejection("pickle.extension_code", message, positions=facts.extension_codes[:10]))
+    if facts.persistent_ids:
+        message = "the artifact refers to objects outside of its file (persistent ids), which cannot be loaded"
+        findings.append(rejection("pickle.persistent_id", message, positions=facts.persistent_ids[:10]))
+    return findings
+
+
+def _judge_global(name: Global, position: int) -> Finding | None:
+    full = f"{name.module}.{name.name}"
+    evidence = {"module": name.module, "name": name.name, "position": position}
+    if name.module == "__main__":
+        message = f"the artifact needs '{name.name}' from the script it was made by (__main__); put it in a package and save again"
+        return rejection("pickle.training_script", message, **evidence)
+    if is_forbidden(name):
+        message = f"the artifact imports '{full}' when it is loaded, which no model needs"
+        return rejection("pickle.forbidden_global", message, **evidence)
+    return None
+
+
+def is_forbidden(name: Global) -> bool:
+    """Tell whether importing this name is refused.
+
+    Examples
+    --------
+    >>> is_forbidden(Global("posix", "system")), is_forbidden(Global("joblib.parallel", "os.system"))
+    (True, True)
+    >>> is_forbidden(Global("sklearn.linear_model._logistic", "LogisticRegression"))
+    False
+    """
+    module_parts, name_parts = name.module.split("."), name.name.split(".")
+    if module_parts[0] in FORBIDDEN_ROOTS:
+        return True
+    if module_parts[0] in ("builtins", "__builtin__"):
+        return name.name not in SAFE_BUILTINS
+    if any(part in FORBIDDEN_NAMES for part in name_parts):
+        return True
+    if any(part in FORBIDDEN_MODULE_NAMES for part in name_parts):
+        return True
+    full = f"{name.module}.{name.name}"
+    return any(full == path or full.startswith(path if path.endswith("_") else f"{path}.") for path in FORBIDDEN_PATHS)

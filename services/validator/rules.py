@@ -1,0 +1,55 @@
+"""The rules by which artifacts are judged, with their versions, so that a verdict can be re-run.
+
+A rule whose judgement changes gets a higher version; a rule that is gone keeps its name reserved.
+"""
+
+from typing import Any
+
+from schemas.validation import Finding, Severity
+
+RULES = {
+    "artifact.empty": 1,
+    "artifact.size": 1,
+    "artifact.digest": 1,
+    "artifact.expanded_size": 1,
+    "artifact.broken": 1,
+    "format.unknown": 1,
+    "format.contradiction": 1,
+    "onnx.external_data": 1,
+    "onnx.custom_operators": 1,
+    "pickle.broken": 1,
+    "pickle.forbidden_global": 1,
+    "pickle.computed_global": 1,
+    "pickle.extension_code": 1,
+    "pickle.persistent_id": 1,
+    "pickle.training_script": 1,
+    "pickle.unknown_module": 1,
+    "pickle.trailing_bytes": 1,
+    "pickle.too_long": 1,
+    "requirements.invalid": 1,
+    "requirements.missing": 1,
+    "requirements.version_differs": 1,
+    "requirements.unreleased_version": 1,
+    "trial.start": 1,
+    "trial.load_warning": 1,
+    "trial.example": 1,
+    "trial.predict": 1,
+    "trial.not_deterministic": 1,
+    "trial.no_example": 1,
+    "trial.golden_size": 1,
+}
+
+
+def rejection(rule: str, message: str, **evidence: Any) -> Finding:
+    """A finding that ends the version's life."""
+    return Finding(rule=rule, rule_version=RULES[rule], severity=Severity.REJECT, message=message, evidence=evidence)
+
+
+def warning(rule: str, message: str, **evidence: Any) -> Finding:
+    """A finding that is kept with the version."""
+    return Finding(rule=rule, rule_version=RULES[rule], severity=Severity.WARN, message=message, evidence=evidence)
+
+
+def rejections(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Return those that end the version's life."""
+    return tuple(finding for finding in findings if finding.severity == Severity.REJECT)

@@ -1,0 +1,303 @@
+"""The second gate: the version loads and answers, caged, in the environment that was built for it."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from libs.errors import DeadlineExceededError, MillraceError
+from libs.inference import v1, v2
+from libs.inference.client import RunnerClient
+from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerStartError
+from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.supervisor import RunnerProcess, RunnerSpec
+from libs.runner.cage import CageSpec, platform_layers
+from libs.runner.wire import NUMPY_DTYPES, Arrays
+from schemas.inference import Signature, TensorSpec
+from schemas.registry import MAX_EXAMPLE_BYTES, ArtifactFormat
+from schemas.validation import Finding, Measurements
+from services.validator.rules import rejection, rejections, warning
+
+REQUIRED_LAYERS = tuple(layer for layer in ("death_signal", "limits", "no_new_privileges", "seccomp") if layer in platform_layers())
+"""Landlock is applied where the kernel has it; a kernel without it must not make every model fail."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialLimits:
+    """What a version may use while it is tried.
+
+    Attributes
+    ----------
+    load_s, predict_s
+        Longest time to become ready and to answer one request, in seconds.
+    cpu_s
+        CPU time of the whole trial, in seconds.
+    memory_bytes
+        Private memory of the runner.
+    latency_runs, latency_s
+        How often the example is predicted to measure latency, and for how long at most, in seconds.
+    """
+
+    load_s: float = 60.0
+    predict_s: float = 10.0
+    cpu_s: int = 120
+    memory_bytes: int = 4 * 2**30
+    file_size_bytes: int = 64 * 2**20
+    latency_runs: int = 20
+    latency_s: float = 2.0
+
+    @property
+    def cage(self) -> CageSpec:
+        return CageSpec(
+            memory_bytes=self.memory_bytes, cpu_s=self.cpu_s, file_size_bytes=self.file_size_bytes, required=REQUIRED_LAYERS
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One version to try: the interpreter of its environment, its file, and the example its uploader gave."""
+
+    python: Path
+    artifact: Path
+    format: ArtifactFormat
+    example: Mapping[str, Any] | None = None
+    limits: TrialLimits = field(default_factory=TrialLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The verdict of the second gate, with its evidence.
+
+    Attributes
+    ----------
+    golden
+        ``{"request": example, "response": answer}`` in the example's own form.
+    cage
+        Which layers of the cage were active.
+    """
+
+    signature: Signature | None = None
+    measurements: Measurements | None = None
+    golden: dict[str, Any] | None = None
+    cage: dict[str, bool] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        return self.signature is not None and not rejections(self.findings)
+
+    @property
+    def reason(self) -> str:
+        """The gravest finding, one sentence; empty when accepted."""
+        grave = rejections(self.findings)
+        return grave[0].message if grave else ""
+
+
+StartRunner = Callable[[RunnerSpec], Awaitable[RunnerProcess]]
+
+
+async def validate(trial: Trial, start: StartRunner = RunnerProcess.start) -> Validation:
+    """Try a version. Whatever the model does becomes a finding; nothing of it survives the trial.
+
+    Raises
+    ------
+    TransientError, ConfigurationError, OSError
+        This machine could not try it; the version is not to blame.
+    """
+    with tempfile.TemporaryDirectory(prefix="mr-trial-") as folder:
+        spec = _runner_spec(trial, Path(folder))
+        try:
+            runner = await start(spec)
+        except RunnerStartError as error:
+            return Validation(findings=(_start_finding(error, trial.limits),))
+        try:
+            return await _try(runner, trial)
+        finally:
+            await runner.stop(grace_s=0.2)
+
+
+def _runner_spec(trial: Trial, folder: Path) -> RunnerSpec:
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    return RunnerSpec(
+        python=trial.python,
+        artifact=trial.artifact,
+        format=trial.format.value,
+        runner_id="trial",
+        token=folder.name,
+        address="tcp:127.0.0.1:0",
+        scratch=scratch,
+        log=folder / "log",
+        cage=trial.limits.cage,
+        start_timeout_s=trial.limits.load_s,
+    )
+
+
+def _start_finding(error: RunnerStartError, limits: TrialLimits) -> Finding:
+    """Say why a runner did not become ready; a sandbox that cannot be had is ours to repair, not the model's.
+
+    Raises
+    ------
+    RunnerStartError
+        The runner could not even be tried here.
+    """
+    if error.kind in ("cage", "not_started"):
+        raise error
+    message = error.message
+    if error.kind == "memory":
+        message = f"{message} ({limits.memory_bytes // 2**20} MiB)"
+    return rejection("trial.start", message, kind=error.kind, module=error.module)
+
+
+async def _try(runner: RunnerProcess, trial: Trial) -> Validation:
+    ready = runner.ready
+    assert ready is not None  # noqa: S101 (a started runner has reported; for the type checker)
+    verdict = Validation(
+        signature=ready.signature,
+        cage={layer: state == "active" for layer, state in ready.cage.items()},
+        findings=tuple(warning("trial.load_warning", text) for text in ready.warnings),
+    )
+    client = runner.client()
+    try:
+        return await _predict(runner, client, trial, verdict, ready.load_s)
+    finally:
+        await client.close()
+
+
+async def _predict(runner: RunnerProcess, client: RunnerClient, trial: Trial, verdict: Validation, load_s: float) -> Validation:
+    assert verdict.signature is not None  # noqa: S101 (set by the caller; for the type checker)
+    request: InferRequest | None
+    try:
+        request = _read_example(trial.example, verdict.signature)
+    except InvalidInputError as error:
+        return _with(verdict, rejection("trial.example", f"the example does not fit the model: {error.message}"))
+    if request is None:
+        return await _without_example(runner, client, trial, verdict, load_s)
+    try:
+        answer = await _ask(client, request.inputs, request.outputs, trial.limits)
+        latencies, steady = await _measure(client, request, answer, trial.limits)
+    except MillraceError as error:
+        return _with(verdict, await _predict_finding(error, runner, trial.limits))
+    if not steady:
+        verdict = _with(verdict, warning("trial.not_deterministic", "the model answered the same example differently when asked again"))
+    verdict = replace(verdict, measurements=await _measurements(client, load_s, latencies))
+    return _with_golden(verdict, trial.example or {}, request, answer)
+
+
+async def _without_example(
+    runner: RunnerProcess, client: RunnerClient, trial: Trial, verdict: Validation, load_s: float
+) -> Validation:
+    """Ask for a made-up row, to see whether the model answers at all; one that refuses it may still be a good model."""
+    assert verdict.signature is not None  # noqa: S101 (set by the caller; for the type checker)
+    request = InferRequest(made_up_inputs(verdict.signature))
+    latencies: list[float] = []
+    try:
+        answer = await _ask(client, request.inputs, None, trial.limits)
+        latencies, _ = await _measure(client, request, answer, trial.limits)
+    except (InvalidInputError, ModelError) as error:
+        text = f"there is no example, and the model refused a made-up row: {error.message}"
+        verdict = _with(verdict, warning("trial.no_example", text))
+    except MillraceError as error:
+        return _with(verdict, await _predict_finding(error, runner, trial.limits))
+    return replace(verdict, measurements=await _measurements(client, load_s, latencies))
+
+
+def _with(verdict: Validation, finding: Finding) -> Validation:
+    return replace(verdict, findings=(*verdict.findings, finding))
+
+
+def _read_example(example: Mapping[str, Any] | None, signature: Signature) -> InferRequest | None:
+    if example is None:
+        return None
+    inputs = example.get("inputs")
+    if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) and "datatype" in inputs[0]:
+        return v2.from_document(example, signature)
+    return v1.from_document(example, signature)
+
+
+def made_up_inputs(signature: Signature) -> Arrays:
+    """Return one row of zeros (empty strings for ``BYTES``) for every input."""
+    return {spec.name: _zeros(spec) for spec in signature.inputs}
+
+
+def _zeros(spec: TensorSpec) -> Any:
+    shape = tuple(1 if size < 0 else size for size in spec.shape)
+    return np.full(shape, b"", dtype=object) if spec.datatype == "BYTES" else np.zeros(shape, NUMPY_DTYPES[spec.datatype])
+
+
+async def _ask(client: RunnerClient, inputs: Arrays, outputs: tuple[str, ...] | None, limits: TrialLimits) -> InferResponse:
+    return await client.infer(inputs, outputs=outputs, timeout_s=limits.predict_s)
+
+
+async def _measure(
+    client: RunnerClient, request: InferRequest, first: InferResponse, limits: TrialLimits
+) -> tuple[list[float], bool]:
+    """Ask again and again; return the seconds each answer took, and whether all were the same."""
+    latencies: list[float] = []
+    steady = True
+    deadline = time.monotonic() + limits.latency_s
+    while len(latencies) < limits.latency_runs and time.monotonic() < deadline:
+        started = time.perf_counter()
+        answer = await _ask(client, request.inputs, request.outputs, limits)
+        latencies.append(time.perf_counter() - started)
+        steady = steady and _equal(first.outputs, answer.outputs)
+    return latencies, steady
+
+
+def _equal(first: Arrays, second: Arrays) -> bool:
+    return all(
+        array.shape == second[name].shape and (array.tobytes() == second[name].tobytes() if array.dtype.kind != "O" else (array == second[name]).all())
+        for name, array in first.items()
+    )
+
+
+async def _measurements(client: RunnerClient, load_s: float, latencies: list[float]) -> Measurements:
+    try:
+        peak = int((await client.metadata())["memory_peak_bytes"])
+    except (MillraceError, KeyError, TypeError, ValueError):
+        peak = 0
+    ordered = sorted(latencies)
+    return Measurements(
+        load_s=load_s, predict_p50_s=quantile(ordered, 0.5), predict_p99_s=quantile(ordered, 0.99), peak_memory_bytes=max(peak, 0)
+    )
+
+
+def quantile(ordered: list[float], share: float) -> float | None:
+    """Return the smallest value that at least ``share`` of the values do not exceed (nearest rank); ``None`` of none."""
+    if not ordered:
+        return None
+    return ordered[max(0, -int(-len(ordered) * share // 1) - 1)]
+
+
+async def _predict_finding(error: MillraceError, runner: RunnerProcess, limits: TrialLimits) -> Finding:
+    """Say what the model did instead of answering the example."""
+    if isinstance(error, DeadlineExceededError):
+        return rejection("trial.predict", f"the model did not answer its example within {limits.predict_s:g} s", kind="timeout")
+    if isinstance(error, RunnerGoneError):
+        try:
+            status = await asyncio.wait_for(runner.wait_exit(), 1.0)
+        except TimeoutError:
+            return rejection("trial.predict", "the model closed its connection instead of answering its example", kind="closed")
+        message = f"the model's process {status.description} instead of answering its example"
+        return rejection("trial.predict", message, kind="exited", code=status.code)
+    if isinstance(error, InvalidInputError):
+        return rejection("trial.example", f"the model refuses its example: {error.message}")
+    return rejection("trial.predict", f"{error.message}, on its example", kind="raised")
+
+
+def _with_golden(verdict: Validation, example: Mapping[str, Any], request: InferRequest, answer: InferResponse) -> Validation:
+    """Keep the example and its answer, if they are small enough to travel in an event."""
+    if "instances" in example or request.id is None and not isinstance(example.get("inputs"), list):
+        body = v1.render(answer)
+    else:
+        body, _ = v2.render(answer, replace(request, binary_data_output=False, binary_data={}), "", "")
+    if len(body) > MAX_EXAMPLE_BYTES:
+        text = f"the answer to the example has {len(body)} bytes and is not kept; {MAX_EXAMPLE_BYTES} are the limit"
+        return _with(verdict, warning("trial.golden_size", text))
+    return replace(verdict, golden={"request": dict(example), "response": orjson.loads(body)})

@@ -1,0 +1,124 @@
+"""The demo must notice when a promise does not hold; here a serving side of a few lines breaks them one by one."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from libs.cli import demo
+from libs.cli.client import Client
+from libs.cli.demo import StepFailedError, Trained
+from libs.cli.plain_kafka import PlainKafka
+from libs.local.embedded import MockCluster
+from schemas.topics import inference_requests, inference_results
+from tests.unit.cli.gateway import FakeGateway
+
+REQUESTS, RESULTS = inference_requests(demo.ENDPOINT), inference_results(demo.ENDPOINT)
+
+Result = dict[str, Any]
+Serve = Callable[[Result], list[Result]]
+"""From the right result of a request to the results that are published."""
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    samples = np.array([[float(number)] * 30 for number in range(4)])
+    model = make_pipeline(LogisticRegression()).fit(samples, [0, 0, 1, 1])
+    return Trained(model, samples, model.predict(samples).tolist(), model.predict_proba(samples).tolist())
+
+
+@pytest.fixture
+def servers() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cluster = MockCluster(port, {topic.name: topic.partitions for topic in (REQUESTS, RESULTS)})
+    yield f"127.0.0.1:{port}"
+    cluster.close()
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STREAMED_RECORDS": 8, "RESULT_TIMEOUT_S": 3.0, "SURPLUS_S": 0.5}.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+@contextmanager
+def serving(servers: str, trained: Trained, serve: Serve) -> Iterator[PlainKafka]:
+    """Answer requests, in a thread, as ``serve`` says."""
+    done = threading.Event()
+    consumer = Consumer({"bootstrap.servers": servers, "group.id": "serving"})
+    consumer.assign([TopicPartition(REQUESTS.name, partition, 0) for partition in range(REQUESTS.partitions)])
+    producer = Producer({"bootstrap.servers": servers})
+
+    def work() -> None:
+        while not done.is_set():
+            record = consumer.poll(0.02)
+            if record is None or record.error():
+                continue
+            request_id = (record.key() or b"").decode()
+            labels = trained.model.predict(json.loads(record.value() or b"")["instances"]).tolist()
+            right = {"request_id": request_id, "endpoint_name": demo.ENDPOINT, "status": "completed", "predictions": labels}
+            for result in serve(right):
+                producer.produce(RESULTS.name, key=request_id, value=json.dumps(result), headers={"ce_correlationid": request_id})
+            producer.poll(0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield PlainKafka(servers)
+    finally:
+        done.set()
+        thread.join()
+        consumer.close()
+
+
+def test_a_stream_that_is_answered_once_each_holds(servers: str, trained: Trained) -> None:
+    with serving(servers, trained, lambda right: [right]) as kafka:
+        demo.check_stream(kafka, trained)
+        demo.check_cloudevent(kafka, trained)
+
+
+@pytest.mark.parametrize(
+    ("serve", "sentence"),
+    [
+        (lambda right: [right, right], "answered more than once"),
+        (lambda right: [], "8 of 8 records were not answered"),
+        (lambda right: [{**right, "predictions": [7]}], "differ from what the model says"),
+        (lambda right: [{**right, "status": "failed", "predictions": None, "error": "no runner"}], "failed: no runner"),
+    ],
+)
+def test_a_stream_that_breaks_a_promise_fails_the_step(servers: str, trained: Trained, serve: Serve, sentence: str) -> None:
+    with serving(servers, trained, serve) as kafka, pytest.raises(StepFailedError, match=sentence):
+        demo.check_stream(kafka, trained)
+
+
+def version() -> dict[str, Any]:
+    return {"signature": {"inputs": [{"name": "input"}]}}
+
+
+def answers(gateway: FakeGateway, trained: Trained, *, nudge: float) -> Client:
+    gateway.on("POST", "/v1/models/cancer:predict", {"predictions": trained.labels})
+    probabilities = [value + nudge for row in trained.probabilities for value in row]
+    outputs = [{"name": "predict", "data": trained.labels}, {"name": "predict_proba", "data": probabilities}]
+    gateway.on("POST", "/v2/models/cancer/infer", {"outputs": outputs})
+    return Client(gateway.url)
+
+
+def test_equal_answers_hold(gateway: FakeGateway, trained: Trained) -> None:
+    with answers(gateway, trained, nudge=0.0) as client:
+        demo.check_v1(client, trained)
+        demo.check_v2(client, trained, version())
+
+
+def test_a_difference_in_the_last_bits_fails_the_step(gateway: FakeGateway, trained: Trained) -> None:
+    with answers(gateway, trained, nudge=1e-15) as client, pytest.raises(StepFailedError, match="V2 probabilities differ"):
+        demo.check_v2(client, trained, version())

@@ -1,0 +1,170 @@
+"""Deny by default."""
+
+import hashlib
+
+import httpx
+import pytest
+
+from libs.errors import ConfigurationError, NotFoundError, UnauthenticatedError
+from services.gateway.access import AccessControl, access_control, is_loopback
+from services.gateway.api import create_api
+from services.gateway.errors import ForbiddenError, MethodNotAllowedError
+from services.gateway.routes import ROUTES, Door, find
+from tests.unit.gateway.conftest import make_settings
+
+KEY = "correct-horse-battery"
+PUBLIC = {"/healthz", "/v2/health/live", "/v2/health/ready"}
+FILLED = {
+    "{model}": "m",
+    "{endpoint}": "e",
+    "{version}": "1",
+    "{alias}": "prod",
+    "{deployment_id}": "e.m.1",
+    "{operation_id}": "o",
+    "{letter_id}": "l",
+}
+
+
+def filled(template: str) -> str:
+    for name, value in FILLED.items():
+        template = template.replace(name, value)
+    return template
+
+
+def all_routes(app) -> set[tuple[str, str]]:
+    """Every route that the running application has, on either side."""
+    api = {(method, route.path) for route in app._api.routes for method in route.methods if method != "HEAD"}
+    return api | set(app._plain)
+
+
+async def test_every_route_of_the_running_app_denies_without_credentials_except_the_public_ones(tmp_path, make):
+    async with make(tmp_path, api_keys=f"ops:{KEY}") as world:
+        routes = all_routes(world.gateway.app)
+        assert len(routes) == len(ROUTES)
+        for method, template in sorted(routes):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}):
+                answer = await world.http.request(method, filled(template), headers=headers)
+                assert (answer.status_code == 401) is (template not in PUBLIC), (method, template, headers, answer.status_code)
+                if answer.status_code == 401:
+                    assert answer.headers["www-authenticate"] == "Bearer"
+                    assert list(answer.json()) == ["error"]
+                    assert KEY not in answer.text
+            answer = await world.http.request(method, filled(template), headers={"authorization": f"Bearer {KEY}"})
+            assert answer.status_code != 401, (method, template)
+
+
+async def test_what_does_not_exist_is_not_told_to_strangers(tmp_path, make):
+    async with make(tmp_path, api_keys=f"ops:{KEY}") as world:
+        for method, path in (("GET", "/nowhere"), ("DELETE", "/healthz"), ("GET", "/api/v1/models/%2e%2e"), ("POST", "/api/v1/models")):
+            assert (await world.http.request(method, path)).status_code == 401, path
+
+
+def test_the_table_and_both_sides_have_the_same_routes():
+    class Nothing:
+        catalog = journal = None
+        artifact_max_bytes = 1
+
+    api = create_api(Nothing())  # type: ignore[arg-type]
+    known = {(method, route.path) for route in api.routes for method in route.methods if method != "HEAD"}
+    assert known == {(route.method, route.template) for route in ROUTES if route.door is not Door.PLAIN}
+
+
+def test_any_other_address_than_loopback_needs_keys(tmp_path):
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(ConfigurationError, match=f"listening on {host}.*needs API keys"):
+            access_control(make_settings(tmp_path, host=host))
+        assert access_control(make_settings(tmp_path, host=host, api_keys=f"a:{KEY}")).needs_keys
+    for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
+        assert not access_control(make_settings(tmp_path, host=host)).needs_keys
+        assert is_loopback(host)
+
+
+@pytest.mark.parametrize("keys", ["justakey", "a:short", f"a b:{KEY}", f"a:{KEY},a:{KEY}x", f":{KEY}"])
+def test_malformed_keys_are_refused_and_not_shown(tmp_path, keys):
+    with pytest.raises(ConfigurationError) as caught:
+        access_control(make_settings(tmp_path, api_keys=keys))
+    assert KEY not in str(caught.value)
+
+
+def test_settings_do_not_show_keys(tmp_path):
+    assert KEY not in repr(make_settings(tmp_path, api_keys=f"a:{KEY}"))
+
+
+def test_a_file_of_hashed_keys(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"# who: what\nops:{hashlib.sha256(KEY.encode()).hexdigest()}  # Ada\n\n")
+    access = access_control(make_settings(tmp_path, api_keys_file=file))
+    route = find("GET", "/api/v1/models").route
+    assert access.admit(route, {b"authorization": f"Bearer {KEY}".encode()}).name == "ops"
+    assert access.admit(route, {b"authorization": f"bearer  {KEY} ".encode()}).name == "ops"
+    with pytest.raises(UnauthenticatedError):
+        access.admit(route, {b"authorization": b"Bearer \xff\xfe"})
+    for text in ("", "ops:zz", KEY):
+        file.write_text(text)
+        with pytest.raises(ConfigurationError):
+            access_control(make_settings(tmp_path, api_keys_file=file))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        access_control(make_settings(tmp_path, api_keys_file=tmp_path / "absent"))
+
+
+def test_without_keys_web_pages_of_other_sites_cannot_reach_the_gateway_through_a_browser():
+    route = find("POST", "/api/v1/endpoints").route
+    access = AccessControl({})
+    for headers in (
+        {b"host": b"evil.example:8080"},
+        {b"host": b"127.0.0.1:8080", b"origin": b"https://evil.example"},
+        {b"host": b"127.0.0.1:8080", b"origin": b"null"},
+        {b"host": b"127.0.0.1:8080", b"sec-fetch-site": b"cross-site"},
+        {b"host": b"[::1"},
+    ):
+        with pytest.raises(ForbiddenError):
+            access.admit(route, headers)
+    for headers in (
+        {},
+        {b"host": b"127.0.0.1:8080"},
+        {b"host": b"localhost"},
+        {b"host": b"[::1]:8080", b"origin": b"http://localhost:3000"},
+    ):
+        assert access.admit(route, headers).name == "local"
+
+
+BAD_NAMES = ["a%2Fb", "..", "%2e%2e", "%C3%A9", "a" * 300, "-a", "a-", "a%20b", "a%00", "%0a", "a.b", "a%0A"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("path", ["/api/v1/models/{}", "/api/v1/endpoints/{}/deployments", "/v1/models/{}:predict", "/v2/models/{}/infer"])
+def test_a_bad_name_in_a_path_names_the_rule(path, name):
+    method = "GET" if path.startswith("/api/v1/models") else "POST"
+    found = find(method, path.format(name))
+    assert "1 to 63 letters, digits" in str(found.error)
+    assert len(str(found.error)) < 300
+
+
+def test_what_has_no_route():
+    assert isinstance(find("GET", "/api/v1/models/a/b").error, NotFoundError)
+    assert isinstance(find("GET", "/api/v1/models/a/").error, NotFoundError)
+    assert isinstance(find("GET", "/api/v1/models//versions").error, Exception)
+    assert isinstance(find("GET", "/x%ff").error, Exception)
+    wrong_method = find("PATCH", "/api/v1/endpoints").error
+    assert isinstance(wrong_method, MethodNotAllowedError)
+    assert wrong_method.allowed == ("POST", "GET")
+    assert find("GET", "/v1/models/a:predict").error is not None
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "01", "1.5", "Prod", "1" * 30, "²"])
+def test_a_bad_version_in_a_path_names_the_rule(version):
+    assert "a number from 1 on, or an alias" in str(find("GET", f"/api/v1/models/m/versions/{version}").error)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_NAMES if name != ".."])  # which clients resolve themselves
+async def test_a_bad_name_over_http_is_a_400_and_never_a_detail(world, name):
+    for method, path in (
+        ("GET", f"/api/v1/models/{name}"),
+        ("POST", f"/v1/models/{name}:predict"),
+        ("POST", f"/api/v1/models/{name}/versions"),
+    ):
+        request = httpx.Request(method, "http://127.0.0.1:8080/", content=b"{}")
+        request.url = httpx.URL("http://127.0.0.1:8080", raw_path=path.encode())
+        answer = await world.http.send(request)
+        assert list(answer.json()) == ["error"]
+        assert answer.status_code == 400, (path, answer.text)

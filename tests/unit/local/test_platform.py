@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from libs.local import platform, processes
+from libs.local.errors import AlreadyRunningError, PortTakenError
+from libs.local.home import Home
+from libs.local.platform import Broker, BrokerKind
+from libs.local.settings import BrokerChoice, LocalSettings
+from libs.local.supervisor import Event, State
+
+UP = """
+import sys
+from libs.local import platform
+from libs.local.settings import LocalSettings
+from tests.unit.local.conftest import program
+
+settings = LocalSettings(home=sys.argv[1], bootstrap_servers="127.0.0.1:1")
+plan = lambda *_: [program("one"), program("two", after=("one",))]
+platform.up(settings, lambda said: None, lambda status: print("ready", flush=True), plan)
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> LocalSettings:
+    return LocalSettings(home=tmp_path / "home", bootstrap_servers="127.0.0.1:1")
+
+
+@pytest.fixture
+def supervisor(settings: LocalSettings) -> Iterator[subprocess.Popen[str]]:
+    """A platform of two tiny parts, ready, in a process of its own."""
+    command = [sys.executable, "-c", UP, str(settings.home)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        platform.down(settings)
+
+
+def test_status_shows_every_part_of_a_running_platform(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+    found = platform.status(settings)
+    assert (found.is_running, found.is_ready, found.pid) == (True, True, supervisor.pid)
+    assert [(part.name, part.state, part.restarts) for part in found.parts] == [("one", "ready", 0), ("two", "ready", 0)]
+    assert all(part.memory_bytes > 0 and part.pid for part in found.parts)
+    assert json.loads(json.dumps(found.as_dict()))["parts"][0]["name"] == "one"
+
+
+def test_down_stops_everything(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+    assert platform.down(settings) == platform.DownReport(was_running=True, leftovers_ended=0)
+    assert supervisor.wait(5) == 0
+    assert not platform.status(settings).is_running
+    assert processes.members(Home.at(settings.home).instance) == []
+
+
+def test_down_without_a_platform_does_nothing(settings: LocalSettings) -> None:
+    assert platform.down(settings) == platform.DownReport(was_running=False, leftovers_ended=0)
+
+
+def test_ctrl_c_stops_everything(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(5) == 0
+    assert processes.members(Home.at(settings.home).instance) == []
+
+
+def test_nothing_outlives_a_supervisor_that_was_killed(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+    members = processes.members(Home.at(settings.home).instance)
+    supervisor.kill()
+    supervisor.wait()
+    _, alive = psutil.wait_procs(members, timeout=5)
+    assert alive == []
+
+
+def test_down_ends_what_escaped_a_killed_supervisor(settings: LocalSettings) -> None:
+    instance = Home.at(settings.home).instance
+    command = [sys.executable, "-I", "-S", "-c", "import signal; print('up', flush=True); signal.pause()"]
+    environment = {**os.environ, processes.INSTANCE_VARIABLE: instance}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as escaped:
+        assert escaped.stdout is not None
+        escaped.stdout.readline()
+        assert platform.status(settings).leftovers == 1
+        assert platform.down(settings) == platform.DownReport(was_running=False, leftovers_ended=1)
+    assert not psutil.pid_exists(escaped.pid)
+
+
+def test_a_second_up_on_the_same_home_is_refused(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+    with pytest.raises(AlreadyRunningError, match=rf"already running: pid {supervisor.pid}, gateway http://127\.0\.0\.1:8080"):
+        platform.up_detached(settings, lambda said: None)
+
+
+def test_a_stale_state_is_recovered_with_a_note(settings: LocalSettings) -> None:
+    home = Home.at(settings.home)
+    home.create()
+    home.write_state({"pid": 1})
+    said: list[object] = []
+    platform.recover(home, said.append)
+    assert [notice.text for notice in said if isinstance(notice, platform.Notice)] == [
+        "the platform was not stopped properly last time; 0 leftover processes were ended"
+    ]
+    assert not home.state_file.exists()
+
+
+def test_a_detached_up_hands_on_why_it_failed(settings: LocalSettings) -> None:
+    with socket.socket() as taken:
+        taken.bind((processes.LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        occupied = settings.model_copy(update={"bootstrap_servers": "", "broker": BrokerChoice.EMBEDDED, "kafka_port": port})
+        with pytest.raises(PortTakenError, match=rf"broker cannot listen on 127\.0\.0\.1:{port}"):
+            platform.up_detached(occupied, lambda said: None)
+    assert not platform.status(settings).is_running
+
+
+def test_the_users_broker_wins_over_ours(settings: LocalSettings) -> None:
+    assert platform.choose_broker(settings, lambda said: None) == Broker(BrokerKind.EXTERNAL, "127.0.0.1:1")
+
+
+def test_the_embedded_broker_is_announced_loudly(settings: LocalSettings) -> None:
+    said: list[Event | platform.Notice] = []
+    embedded = settings.model_copy(update={"bootstrap_servers": "", "broker": BrokerChoice.EMBEDDED})
+    assert platform.choose_broker(embedded, said.append).kind is BrokerKind.EMBEDDED
+    assert [notice.is_loud for notice in said if isinstance(notice, platform.Notice)] == [True]
+
+
+def test_services_wait_for_the_topics_and_serving_also_for_ray(settings: LocalSettings, home: Home) -> None:
+    listed = platform.parts(settings, home, Broker(BrokerKind.KAFKA, "127.0.0.1:9092"), None)
+    after = {part.name: part.after for part in listed}
+    assert list(after) == ["broker", "topics", "ray", "registry", "validator", "builder", "serving", "gateway"]
+    assert after["topics"] == ("broker",)
+    assert after["serving"] == ("topics", "ray")
+    assert all(after[name] == ("topics",) for name in ("registry", "validator", "builder", "gateway"))
+
+
+def test_what_the_user_set_reaches_the_services(settings: LocalSettings, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARTIFACTS_URL", "s3://mine")
+    monkeypatch.delenv("RUNNER_KEY_FILE", raising=False)
+    listed = platform.parts(settings, home, Broker(BrokerKind.EMBEDDED, "127.0.0.1:9092"), None)
+    environment = next(part for part in listed if part.name == "gateway").environment()
+    assert environment["ARTIFACTS_URL"] == "s3://mine"
+    assert environment["RUNNER_KEY_FILE"] == str(home.runner_key)
+    assert environment["KAFKA_EMBEDDED"] == "true"
+    assert environment["MILLRACE_HOME"] == str(home.root)
+
+
+def test_the_state_after_ready_counts_every_part(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+    os.kill(next(part.pid for part in platform.status(settings).parts if part.pid) or 0, signal.SIGKILL)
+    while platform.status(settings).parts[0].restarts == 0 or platform.status(settings).parts[0].state != State.READY:
+        pass
+    assert platform.status(settings).is_ready

@@ -1,0 +1,138 @@
+import asyncio
+import os
+import signal
+import socket
+
+import psutil
+import pytest
+
+from libs.errors import ConfigurationError
+from libs.local import processes
+from libs.local.errors import PartFailedError, PortTakenError
+from libs.local.home import Home
+from libs.local.supervisor import Backoff, Event, Part, State
+from tests.unit.local.conftest import ANNOUNCING, STUBBORN, make_supervisor, program, supervised
+
+
+async def test_a_part_starts_after_those_it_depends_on(home: Home) -> None:
+    parts = [program("log"), program("ray"), program("gateway", after=("log", "ray")), program("late", after=("gateway",))]
+    async with supervised(home, parts) as run:
+        assert set(run.order(State.READY)[:2]) == {"log", "ray"}
+        assert run.order(State.READY)[2:] == ["gateway", "late"]
+
+
+async def test_independent_parts_start_together(home: Home) -> None:
+    async with supervised(home, [program("one"), program("two")]) as run:
+        assert [(event.part, event.state) for event in run.events[:2]] == [("one", State.STARTING), ("two", State.STARTING)]
+
+
+async def test_stopping_ends_dependents_first(home: Home) -> None:
+    async with supervised(home, [program("log"), program("service", after=("log",)), program("door", after=("service",))]) as run:
+        pass
+    assert run.order(State.STOPPED) == ["door", "service", "log"]
+
+
+async def test_a_part_killed_by_kill_9_is_restarted(home: Home) -> None:
+    async with supervised(home, [program("service")]) as run:
+        first = run.pid("service")
+        os.kill(first, signal.SIGKILL)
+        await run.until_said("service", State.READY, 2)
+        assert run.pid("service") != first
+        assert run.supervisor.parts["service"].restarts == 1
+        assert "SIGKILL" in (await run.until_said("service", State.EXITED)).detail
+
+
+async def test_what_depends_on_a_volatile_part_is_restarted_with_it(home: Home) -> None:
+    parts = [
+        program("broker", restarts_dependents=True),
+        Part("topics", is_ready=lambda: True, after=("broker",)),
+        program("service", after=("topics",)),
+        program("bystander"),
+    ]
+    async with supervised(home, parts) as run:
+        before = {name: run.pid(name) for name in ("broker", "service", "bystander")}
+        os.kill(before["broker"], signal.SIGKILL)
+        await run.until_said("service", State.READY, 2)
+        assert run.pid("service") != before["service"]
+        assert run.pid("bystander") == before["bystander"]
+        assert run.order(State.READY)[-3:] == ["broker", "topics", "service"]
+
+
+async def test_a_part_that_ignores_sigterm_is_killed(home: Home) -> None:
+    async with supervised(home, [program("stubborn", STUBBORN, stop_timeout_s=0.1)]) as run:
+        pid = run.pid("stubborn")
+    assert not psutil.pid_exists(pid)
+
+
+async def test_no_child_of_a_part_survives_it(home: Home) -> None:
+    forking = f"import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(60)\n{ANNOUNCING}"
+    async with supervised(home, [program("forking", forking)]) as run:
+        (child,) = psutil.Process(run.pid("forking")).children()
+    processes.end(processes.members(home.instance), grace_s=2)
+    assert not child.is_running()
+
+
+async def test_a_part_that_never_comes_up_fails_with_its_last_log_lines(home: Home) -> None:
+    broken = program("broken", "import sys; print('cannot find the thing'); sys.exit(3)")
+    with pytest.raises(PartFailedError, match=r"broken does not start: it ended with exit code 3; its log is .*broken\.log") as caught:
+        async with supervised(home, [program("healthy"), broken]):
+            pass
+    assert caught.value.log_lines[-1] == "cannot find the thing"
+    assert processes.members(home.instance) == []
+
+
+async def test_a_part_that_is_not_required_may_be_missing(home: Home) -> None:
+    parts = [Part("jaeger", ("/does/not/exist",), required=False), program("gateway")]
+    async with supervised(home, parts) as run:
+        assert "cannot be run" in (await run.until_said("jaeger", State.EXITED, 3)).detail
+
+
+async def test_a_part_that_takes_too_long_fails(home: Home) -> None:
+    slow = program("slow", "import time; time.sleep(60)", start_timeout_s=0.1)
+    with pytest.raises(PartFailedError, match=r"slow does not start: not ready after 0\.1 s"):
+        async with supervised(home, [slow]):
+            pass
+
+
+async def test_a_condition_that_can_never_hold_ends_everything_with_its_own_sentence(home: Home) -> None:
+    def refuse() -> bool:
+        raise ConfigurationError("the topic has 3 partitions")
+
+    with pytest.raises(ConfigurationError, match="the topic has 3 partitions"):
+        async with supervised(home, [program("log"), Part("topics", is_ready=refuse, after=("log",))]):
+            pass
+    assert processes.members(home.instance) == []
+
+
+async def test_a_ready_file_of_an_earlier_process_does_not_count(home: Home) -> None:
+    (home.run / "silent.ready").write_text("1")
+    silent = program("silent", "import time; time.sleep(60)", start_timeout_s=0.2)
+    with pytest.raises(PartFailedError, match="not ready"):
+        async with supervised(home, [silent]):
+            pass
+
+
+async def test_a_taken_port_is_named_with_its_holder_before_anything_starts(home: Home) -> None:
+    with socket.socket() as taken:
+        taken.bind((processes.LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        events: list[Event] = []
+        supervisor = make_supervisor(home, [program("log"), program("gateway", ports=(port,))], events.append)
+        with pytest.raises(PortTakenError, match=rf"gateway cannot listen on 127\.0\.0\.1:{port}: process {os.getpid()} "):
+            await supervisor.run(lambda: None)
+    assert events == []
+
+
+async def test_a_second_stop_kills_at_once(home: Home) -> None:
+    async with supervised(home, [program("stubborn", STUBBORN, stop_timeout_s=60)]) as run:
+        run.supervisor.stop()
+        await run.until_said("stubborn", State.STOPPING)
+        run.supervisor.stop()
+        async with asyncio.timeout(5):
+            await run.until_said("stubborn", State.STOPPED)
+
+
+def test_pauses_between_restarts_double_up_to_a_limit() -> None:
+    backoff = Backoff(first_s=0.5, longest_s=30)
+    assert [backoff.delay_s(failures) for failures in (1, 2, 3, 7, 10_000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
