@@ -1,10 +1,11 @@
 """Commands to the registry, the facts it states and the snapshots it keeps."""
 
+import json
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Alias, Command, Contract, Fact, Name, Payload, Percent, Sha256, VersionNumber
 from schemas.environment import EnvironmentLock
@@ -54,8 +55,16 @@ class VersionSpec(Contract):
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None
     description: str = Field(default="", max_length=4096)
-    labels: Labels = Field(default_factory=dict)
+    labels: Labels = Field(default_factory=dict, max_length=64)
     lineage: Lineage = Field(default_factory=Lineage)
+
+    @field_validator("example")
+    @classmethod
+    def _fits_an_event(cls, example: dict[str, Any] | None) -> dict[str, Any] | None:
+        size = len(json.dumps(example, separators=(",", ":")))
+        if size > MAX_EXAMPLE_BYTES:
+            raise ValueError(f"an example of {size} bytes is too large; {MAX_EXAMPLE_BYTES} are the most")
+        return example
 
 
 # Commands ------------------------------------------------------------------------------------------------------------

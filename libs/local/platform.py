@@ -105,9 +105,7 @@ class DownReport:
     leftovers_ended: int
 
 
-def up(
-    settings: LocalSettings, listener: Listener, on_ready: Callable[[PlatformStatus], None], plan: Plan | None = None
-) -> None:
+def up(settings: LocalSettings, listener: Listener, on_ready: Callable[[PlatformStatus], None], plan: Plan | None = None) -> None:
     """Run the platform in this process until SIGINT or SIGTERM, then stop everything.
 
     Parameters
@@ -236,7 +234,8 @@ def choose_broker(settings: LocalSettings, listener: Listener) -> Broker:
         except KafkaUnavailableError as error:
             if settings.broker is BrokerChoice.KAFKA:
                 raise
-            listener(Notice(f"Apache Kafka cannot be had: {error.message}", is_loud=True))
+            hidden = "; what the Kafka of this home holds is not visible meanwhile" if (settings.home / "kafka" / "data").exists() else ""
+            listener(Notice(f"Apache Kafka cannot be had: {error.message}{hidden}", is_loud=True))
     listener(Notice(embedded.NOTICE, is_loud=True))
     return Broker(BrokerKind.EMBEDDED, address)
 
@@ -262,12 +261,14 @@ def parts(settings: LocalSettings, home: Home, broker: Broker, tracing: jaeger.J
                 tracing.argv,
                 lambda: tracing.environment,
                 is_ready=lambda: processes.accepts(jaeger.QUERY_PORT) and processes.accepts(jaeger.OTLP_PORT),
+                stop_timeout_s=2,
                 required=False,
             )
         )
     if not settings.ray_address:
         listed.append(_ray_part(home))
-    return [*listed, *(_service_part(name, settings, home, base) for name in SERVICES)]
+    after = ("topics",) if tracing is None else ("topics", "jaeger")
+    return [*listed, *(_service_part(name, settings, home, base, after) for name in SERVICES)]
 
 
 def _broker_parts(settings: LocalSettings, home: Home, broker: Broker) -> list[Part]:
@@ -338,7 +339,7 @@ def _ray_port(home: Home) -> int | None:
     return int(port) if port else None
 
 
-def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[str, str]) -> Part:
+def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[str, str], after: tuple[str, ...]) -> Part:
     uses_ray = name == "serving"
 
     def environment() -> Mapping[str, str]:
@@ -350,7 +351,7 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
         name,
         _python(f"services.{name}"),
         environment,
-        after=("topics", "ray") if uses_ray and not settings.ray_address else ("topics",),
+        after=(*after, "ray") if uses_ray and not settings.ray_address else after,
         announces=True,
         ports=(settings.http_port,) if name == "gateway" else (),
         is_ready=(lambda: _is_healthy(settings)) if name == "gateway" else None,

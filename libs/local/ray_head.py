@@ -47,6 +47,9 @@ OBJECT_STORE_BYTES = 80 * 1024 * 1024
 STOP_TIMEOUT_S = 4.0
 """How long Ray gets to end by itself before its session is killed."""
 
+MAX_LOG_BYTES = 8 * 1024 * 1024
+"""Size at which Ray begins another file of a log; one older file is kept."""
+
 KEPT_LOGS = 3
 """Log directories that are kept, the running one included."""
 
@@ -148,6 +151,8 @@ def _server_environment() -> dict[str, str]:
     ``RAY_worker_niceness`` is 15 by default, which the runners would inherit.
     """
     return {
+        "RAY_ROTATION_MAX_BYTES": str(MAX_LOG_BYTES),
+        "RAY_ROTATION_BACKUP_COUNT": "1",
         "RAY_preload_python_modules": ",".join(_PRELOADED),
         "RAY_prestart_worker_first_driver": "1",
         "RAY_worker_maximum_startup_concurrency": "2",
@@ -159,15 +164,13 @@ def _server_environment() -> dict[str, str]:
 
 def _keep(home: Path, session: Path) -> int:
     """Start Ray, say where it listens, then become the process that watches it."""
-    import ray._private.utils
+    from ray._private import services
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
-    # A head without the dashboard's server, which Ray starts even when the dashboard is off.
+    # A head without the dashboard's server, which Ray starts even when the dashboard is off, and with our agent instead of Ray's.
     loopback_head = type("LoopbackHead", (Node,), {"start_api_server": lambda *_, **__: None})
-    # Ray starts the per-node agent in its minimal form, without HTTP, gRPC and metrics servers, when the dashboard's
-    # packages are missing; it has no other switch for that.
-    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("switched off")
+    services._build_python_executable_command_memory_profileable = _agent_command
     parameters = RayParams(
         node_ip_address=LOOPBACK,
         num_cpus=LOGICAL_CPUS,
@@ -186,6 +189,13 @@ def _keep(home: Path, session: Path) -> int:
     pids = [str(node.all_processes[kind][0].process.pid) for kind in ("gcs_server", "raylet")]
     program = [sys.executable, "-m", "libs.local.ray_head", "--home", str(home), "--keep", str(session), "--watch", *pids]
     os.execv(sys.executable, program)  # noqa: S606 (no shell is meant)
+
+
+def _agent_command(component: str, _session_directory: str, unbuffered: bool = True) -> list[str]:
+    """The beginning of an agent's command line, in place of Ray's function of the same shape; Ray appends its script and arguments."""
+    if component == "dashboard_agent":
+        return [sys.executable, "-I", "-S", str(Path(__file__).with_name("ray_agent.py"))]
+    return [sys.executable, "-u"] if unbuffered else [sys.executable]
 
 
 def _watch(session: Path, gcs_pid: int, raylet_pid: int) -> int:

@@ -50,7 +50,7 @@ class LocalSettings(BaseSettings):
         8080, ge=1, le=65535, validation_alias=AliasChoices("GATEWAY_HTTP_PORT"), description="Port of the gateway's HTTP door."
     )
     http_host: str = Field(
-        "127.0.0.1", validation_alias=AliasChoices("GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door."
+        "127.0.0.1", validation_alias=AliasChoices("GATEWAY_HOST", "GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door."
     )
     otlp_endpoint: str = Field(
         "",

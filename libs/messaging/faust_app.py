@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import faust
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from yarl import URL
@@ -19,7 +20,7 @@ from libs.errors import TransientError
 from libs.messaging.broker import Broker, Offsets
 from libs.messaging.consumer import ConsumerRunner
 from libs.messaging.errors import BrokenClientError
-from libs.messaging.kafka import FETCH_MAX_WAIT_MS, all_partitions, group_member
+from libs.messaging.kafka import FETCH_MAX_WAIT_MS, all_partitions, group_member, stop_client
 from libs.messaging.loop import GRACE_S
 from libs.messaging.processing import Processor
 from libs.messaging.records import Record
@@ -57,8 +58,8 @@ class FaustConsumer:
             async with asyncio.timeout(self._timeout_s):
                 await self.app.start()
                 await self._assigned.wait()
-        except TimeoutError as error:
-            raise TransientError(f"the group {self._group} got no partitions within {self._timeout_s:g} s") from error
+        except (KafkaError, TimeoutError) as error:
+            raise TransientError(f"the group {self._group} got no partitions within {self._timeout_s:g} s: {error!r}") from error
 
     async def stop(self) -> None:
         await self.app.stop()
@@ -126,10 +127,11 @@ def faust_app(settings: KafkaSettings, group: str) -> faust.App:
 
 
 class _Thread(driver.AIOKafkaConsumerThread):
-    """Changes two things that faust has no setting for.
+    """Changes three things that faust has no setting for.
 
     It reads uncommitted records unless it is itself transactional, but the registry's aborted transactions must not be seen. It lets the
-    broker hold a fetch for 1.5 s, in which a record of a topic that is not part of the fetch has to wait.
+    broker hold a fetch for 1.5 s, in which a record of a topic that is not part of the fetch has to wait. It does not end when its
+    consumer fails to stop (see ``kafka.stop_client``).
     """
 
     def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:
@@ -137,6 +139,12 @@ class _Thread(driver.AIOKafkaConsumerThread):
         consumer._isolation_level = "read_committed"
         consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
         return consumer
+
+    async def on_thread_stop(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        await super().on_thread_stop()
+        if consumer is not None:
+            await stop_client(consumer)
 
 
 class _EmbeddedThread(_Thread):

@@ -114,7 +114,7 @@ class KafkaProducer(_KafkaClient):
                 async with asyncio.timeout(self._timeout_s):
                     await producer.start()
             except BaseException:
-                await _stopped(producer)
+                await stop_client(producer)
                 raise
         return producer
 
@@ -131,7 +131,7 @@ class KafkaProducer(_KafkaClient):
         if producer is not None:
             if self._producer is producer:
                 self._producer = None
-            await _stopped(producer)
+            await stop_client(producer)
 
 
 async def _sent(producer: AIOKafkaProducer, record: Record) -> asyncio.Future[None]:
@@ -142,12 +142,18 @@ async def _sent(producer: AIOKafkaProducer, record: Record) -> asyncio.Future[No
     return sent
 
 
-async def _stopped(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
-    try:
-        async with asyncio.timeout(_STOP_S):
-            await client.stop()
-    except (KafkaError, TimeoutError):
-        return
+async def stop_client(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
+    """Stop a client, in a bounded time also when the broker is away.
+
+    In a task of its own, because aiokafka's consumer lets the cancellation of its own fetches escape from ``stop`` when a fetch is
+    waiting to be repeated, and then leaves its connections open.
+    """
+    stopping = asyncio.create_task(client.stop())
+    await asyncio.wait({stopping}, timeout=_STOP_S)
+    stopping.cancel()
+    await asyncio.wait({stopping})
+    if stopping.cancelled() or stopping.exception() is not None:
+        await (client.client if isinstance(client, AIOKafkaProducer) else client._client).close()
 
 
 class _KafkaSource(_KafkaClient):
@@ -184,14 +190,14 @@ class _KafkaSource(_KafkaClient):
                     await consumer.start()
                     await self._position(consumer)
             except BaseException:
-                await _stopped(consumer)
+                await stop_client(consumer)
                 raise
         self._consumer = consumer
 
     async def stop(self) -> None:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
-            await _stopped(consumer)
+            await stop_client(consumer)
 
     async def get_many(self, max_records: int, timeout_s: float) -> Sequence[Record]:
         with self._translating("reading"):

@@ -20,7 +20,7 @@ from libs.messaging.publishing import publish_span
 from libs.messaging.records import Record, refuse_oversized
 from libs.messaging.retry import Retry, keep_trying
 from schemas.base import Payload
-from schemas.topics import PAYLOADS, TOPICS
+from schemas.topics import TOPICS
 
 log = logging.getLogger(__name__)
 
@@ -116,16 +116,14 @@ class Processor:
     def _read(self, record: Record) -> Event[Payload] | None:
         """The event, or None when it is none of this service's business."""
         envelope = cloudevents.read_envelope(record)
-        if envelope.type not in self._handlers:
-            if record.topic not in self._dead_letter_unknown:
-                log.debug("skipped %s", envelope.type)
-                return None
-            if envelope.type in PAYLOADS:
-                raise UnknownEventType(f"{envelope.type} does not belong on {record.topic}")
-            return cloudevents.open_envelope(envelope)
+        if envelope.type not in self._handlers and record.topic not in self._dead_letter_unknown:
+            log.debug("skipped %s", envelope.type)
+            return None
         event = cloudevents.open_envelope(envelope)
         if event.data.topic != record.topic and record.topic in _FIXED_TOPICS:
-            raise InvalidMessage(f"{envelope.type} belongs on {event.data.topic}, not on {record.topic}")
+            raise InvalidMessage(f"{event.type} belongs on {event.data.topic}, not on {record.topic}")
+        if event.type not in self._handlers:
+            raise UnknownEventType(f"nobody handles {event.type} on {record.topic}")
         return event
 
     async def _handle(self, record: Record, event: Event[Payload], span: Span) -> list[Record]:

@@ -52,15 +52,15 @@ class PredictDoors:
             ("GET", "/v2/health/ready"): self.ready,
             ("GET", "/"): self.alive,
             ("GET", "/v1/models"): self.v1_models,
-            ("GET", "/v1/models/{endpoint}"): self.v1_model,
-            ("POST", "/v1/models/{endpoint}:predict"): self.v1_predict,
+            ("GET", "/v1/models/{model}"): self.v1_model,
+            ("POST", "/v1/models/{model}:predict"): self.v1_predict,
             ("GET", "/v2"): self.v2_server,
-            ("GET", "/v2/models/{endpoint}"): self.v2_model,
-            ("GET", "/v2/models/{endpoint}/versions/{version}"): self.v2_model,
-            ("GET", "/v2/models/{endpoint}/ready"): self.v2_model_ready,
-            ("GET", "/v2/models/{endpoint}/versions/{version}/ready"): self.v2_model_ready,
-            ("POST", "/v2/models/{endpoint}/infer"): self.v2_infer,
-            ("POST", "/v2/models/{endpoint}/versions/{version}/infer"): self.v2_infer,
+            ("GET", "/v2/models/{model}"): self.v2_model,
+            ("GET", "/v2/models/{model}/versions/{version}"): self.v2_model,
+            ("GET", "/v2/models/{model}/ready"): self.v2_model_ready,
+            ("GET", "/v2/models/{model}/versions/{version}/ready"): self.v2_model_ready,
+            ("POST", "/v2/models/{model}/infer"): self.v2_infer,
+            ("POST", "/v2/models/{model}/versions/{version}/infer"): self.v2_infer,
         }
 
     async def v1_predict(self, incoming: Incoming) -> Outgoing:
@@ -167,10 +167,11 @@ class PredictDoors:
 
 
 def _target(incoming: Incoming) -> Target:
+    """What these protocols call a model is an endpoint here."""
     version = incoming.parameters.get("version")
     if version is None or version.isdigit():
-        return Target(incoming.parameters["endpoint"], int(version) if version else None)
-    return Target(incoming.parameters["endpoint"], alias=version)
+        return Target(incoming.parameters["model"], int(version) if version else None)
+    return Target(incoming.parameters["model"], alias=version)
 
 
 def _timeout_ms(incoming: Incoming, default_ms: int) -> int:

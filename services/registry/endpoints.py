@@ -200,8 +200,9 @@ def _requested(
 
 
 def _removal(deployment: DeploymentSnapshot, context: Context) -> Decision:
+    fact = DeploymentRemovalRequested(endpoint_name=deployment.endpoint_name, deployment_id=deployment.deployment_id)
     if deployment.status is DeploymentStatus.REMOVING:
-        return Decision()
+        return Decision((fact,))
     update = {
         "status": DeploymentStatus.REMOVING,
         "generation": deployment.generation + 1,
@@ -209,7 +210,6 @@ def _removal(deployment: DeploymentSnapshot, context: Context) -> Decision:
         "traceparent": context.traceparent,
         "updated_at": context.now,
     }
-    fact = DeploymentRemovalRequested(endpoint_name=deployment.endpoint_name, deployment_id=deployment.deployment_id)
     return Decision((fact,), (deployment.model_copy(update=update),))
 
 

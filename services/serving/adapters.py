@@ -62,6 +62,7 @@ _STATUSES = {
     "DEPLOY_FAILED": AppStatus.FAILED,
     "DELETING": AppStatus.DELETING,
 }
+_UNBROKEN = ("NOT_STARTED", "DEPLOYING", "RUNNING", "UNHEALTHY")
 P = ParamSpec("P")
 T = TypeVar("T")
 _RAY_ERRORS = (ray.exceptions.RayError, RayServeException, grpc.RpcError, ConnectionError, RuntimeError, TimeoutError)
@@ -140,12 +141,15 @@ class RayServe:
         serve.start(proxy_location="Disabled")
 
     def _deploy(self, spec: ReplicaSpec, generation: int, replicas: int) -> None:
+        running = _controller_details().get(spec.deployment_id, {}).get("status")
+        if running in _UNBROKEN and _application(spec.deployment_id).digest == spec.digest:
+            return self._scale(spec.deployment_id, generation, replicas)
         application = _Application(generation=generation, digest=spec.digest, replicas=replicas)
+        internal_kv._internal_kv_del(f"failure:{spec.deployment_id}", namespace=NAMESPACE)
         _remember(spec.deployment_id, application)
         deployment = serve.deployment(
             self._replica,
             name=DEPLOYMENT,
-            version=f"{spec.digest}.{generation}",
             num_replicas=replicas,
             ray_actor_options={"num_cpus": self._replica_cpus},
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -159,6 +163,7 @@ class RayServe:
             target=deployment.bind(spec.model_dump_json()), name=spec.deployment_id, route_prefix=None, external_scaler_enabled=True
         )
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        return None
 
     def _scale(self, deployment_id: str, generation: int, replicas: int) -> None:
         known = _application(deployment_id)

@@ -9,6 +9,7 @@ References
 CPython ``Lib/pickletools.py`` (the opcodes), ``Lib/pickle.py`` (the machine); joblib ``numpy_pickle.py`` (``NumpyArrayWrapper``).
 """
 
+import _compat_pickle
 import math
 import pickletools
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ MAX_OPCODES = 30_000_000
 
 MAX_NESTING = 16
 """Object arrays in object arrays; real models have one or two levels."""
+
+_FIRST_PROTOCOL_OF_PYTHON_3 = 3
 
 _KEPT_ITEMS = 64
 """Items of a container that are remembered: a wrapper's state has six."""
@@ -123,6 +126,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._position = 0
+        self._protocol = 0
         self._handlers = {ord(opcode.code): (opcode, getattr(self, f"_on_{opcode.name.lower()}", None)) for opcode in pickletools.opcodes}
 
     def run(self) -> None:
@@ -281,10 +285,13 @@ class _Machine:
     def _on_dup(self, _: Any) -> None:
         self._stack.append(self._stack[-1])
 
-    def _on_proto(self, _: Any) -> None:
+    def _on_proto(self, version: int) -> None:
+        self._protocol = version
+
+    def _on_frame(self, _: Any) -> None:
         pass
 
-    _on_frame = _on_readonly_buffer = _on_proto
+    _on_readonly_buffer = _on_frame
 
     # The memo --------------------------------------------------------------------------------------------------------
 
@@ -315,6 +322,9 @@ class _Machine:
             self._facts.computed_globals.append(self._position)
             self._stack.append(_UNKNOWN)
             return
+        if self._protocol < _FIRST_PROTOCOL_OF_PYTHON_3:
+            # The unpickler translates Python 2's names: "commands" is "subprocess" to it.
+            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
         imported = Global(module, name)
         self._facts.globals.setdefault(imported, self._position)
         self._stack.append(imported)

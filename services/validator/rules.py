@@ -8,6 +8,7 @@ from typing import Any
 from schemas.validation import Finding, Severity
 
 RULES = {
+    "artifact.missing": 1,
     "artifact.empty": 1,
     "artifact.size": 1,
     "artifact.digest": 1,
@@ -30,6 +31,7 @@ RULES = {
     "requirements.missing": 1,
     "requirements.version_differs": 1,
     "requirements.unreleased_version": 1,
+    "trial.environment": 1,
     "trial.start": 1,
     "trial.load_warning": 1,
     "trial.example": 1,

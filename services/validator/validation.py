@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from libs.errors import DeadlineExceededError, MillraceError
+from libs.errors import DeadlineExceededError, MillraceError, TransientError
 from libs.inference import v1, v2
 from libs.inference.client import RunnerClient
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerStartError
@@ -54,9 +54,7 @@ class TrialLimits:
 
     @property
     def cage(self) -> CageSpec:
-        return CageSpec(
-            memory_bytes=self.memory_bytes, cpu_s=self.cpu_s, file_size_bytes=self.file_size_bytes, required=REQUIRED_LAYERS
-        )
+        return CageSpec(memory_bytes=self.memory_bytes, cpu_s=self.cpu_s, file_size_bytes=self.file_size_bytes, required=REQUIRED_LAYERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ async def validate(trial: Trial, start: StartRunner = RunnerProcess.start) -> Va
 
     Raises
     ------
-    TransientError, ConfigurationError, OSError
+    TransientError
         This machine could not try it; the version is not to blame.
     """
     with tempfile.TemporaryDirectory(prefix="mr-trial-") as folder:
@@ -144,11 +142,11 @@ def _start_finding(error: RunnerStartError, limits: TrialLimits) -> Finding:
 
     Raises
     ------
-    RunnerStartError
+    TransientError
         The runner could not even be tried here.
     """
     if error.kind in ("cage", "not_started"):
-        raise error
+        raise TransientError(f"versions cannot be tried on this machine: {error.message}") from error
     message = error.message
     if error.kind == "memory":
         message = f"{message} ({limits.memory_bytes // 2**20} MiB)"
@@ -190,9 +188,7 @@ async def _predict(runner: RunnerProcess, client: RunnerClient, trial: Trial, ve
     return _with_golden(verdict, trial.example or {}, request, answer)
 
 
-async def _without_example(
-    runner: RunnerProcess, client: RunnerClient, trial: Trial, verdict: Validation, load_s: float
-) -> Validation:
+async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: Trial, verdict: Validation, load_s: float) -> Validation:
     """Ask for a made-up row, to see whether the model answers at all; one that refuses it may still be a good model."""
     assert verdict.signature is not None  # noqa: S101 (set by the caller; for the type checker)
     request = InferRequest(made_up_inputs(verdict.signature))
@@ -235,9 +231,7 @@ async def _ask(client: RunnerClient, inputs: Arrays, outputs: tuple[str, ...] | 
     return await client.infer(inputs, outputs=outputs, timeout_s=limits.predict_s)
 
 
-async def _measure(
-    client: RunnerClient, request: InferRequest, first: InferResponse, limits: TrialLimits
-) -> tuple[list[float], bool]:
+async def _measure(client: RunnerClient, request: InferRequest, first: InferResponse, limits: TrialLimits) -> tuple[list[float], bool]:
     """Ask again and again; return the seconds each answer took, and whether all were the same."""
     latencies: list[float] = []
     steady = True
@@ -252,7 +246,8 @@ async def _measure(
 
 def _equal(first: Arrays, second: Arrays) -> bool:
     return all(
-        array.shape == second[name].shape and (array.tobytes() == second[name].tobytes() if array.dtype.kind != "O" else (array == second[name]).all())
+        array.shape == second[name].shape
+        and (array.tobytes() == second[name].tobytes() if array.dtype.kind != "O" else (array == second[name]).all())
         for name, array in first.items()
     )
 
@@ -293,7 +288,7 @@ async def _predict_finding(error: MillraceError, runner: RunnerProcess, limits: 
 
 def _with_golden(verdict: Validation, example: Mapping[str, Any], request: InferRequest, answer: InferResponse) -> Validation:
     """Keep the example and its answer, if they are small enough to travel in an event."""
-    if "instances" in example or request.id is None and not isinstance(example.get("inputs"), list):
+    if "instances" in example or (request.id is None and not isinstance(example.get("inputs"), list)):
         body = v1.render(answer)
     else:
         body, _ = v2.render(answer, replace(request, binary_data_output=False, binary_data={}), "", "")

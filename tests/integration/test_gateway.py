@@ -107,50 +107,52 @@ async def until(http: httpx.AsyncClient, path: str, condition) -> dict:
 async def test_from_an_upload_to_predictions_that_survive_a_restart_of_the_gateway(kafka: KafkaSettings, home: Path) -> None:
     name = f"m{uuid.uuid4().hex[:8]}"
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    async with service("registry", kafka, home), httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as http:
-        async with service("gateway", kafka, home, GATEWAY_HTTP_PORT=str(port)) as gateway:
-            artifact = (await http.post("/api/v1/artifacts", params={"filename": "m.pkl"}, content=b"some model")).json()
-            began = time.perf_counter()
-            answer = await http.post(f"/api/v1/models/{name}/versions", json={"artifact": artifact})
-            assert (answer.status_code, answer.json()["version"]) == (201, 1), answer.text
-            assert time.perf_counter() - began < 3
-            assert (await http.get(f"/api/v1/models/{name}/versions/1")).status_code == 200
+    async with (
+        service("registry", kafka, home),
+        service("gateway", kafka, home, GATEWAY_HTTP_PORT=str(port)) as gateway,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as http,
+    ):
+        artifact = (await http.post("/api/v1/artifacts", params={"filename": "m.pkl"}, content=b"some model")).json()
+        began = time.perf_counter()
+        answer = await http.post(f"/api/v1/models/{name}/versions", json={"artifact": artifact})
+        assert (answer.status_code, answer.json()["version"]) == (201, 1), answer.text
+        assert time.perf_counter() - began < 3
+        assert (await http.get(f"/api/v1/models/{name}/versions/1")).status_code == 200
 
-            runner_spec = spec(row_sums(), home, runner_id="r1", token=runner_token(KEY, "r1"), address=f"unix:{home}/s")
-            runner = await RunnerProcess.start(runner_spec)
-            try:
-                await publish(
-                    kafka,
-                    VersionInspected(model_name=name, version=1, format="sklearn", requirements=(), inferred=False),
-                    VersionBuilt(model_name=name, version=1, environment=LOCK, reused=False, resolve_s=0, install_s=0),
-                    VersionValidated(
-                        model_name=name, version=1, signature=runner.signature, measurements=Measurements(load_s=0, peak_memory_bytes=0)
-                    ),
-                )
-                await until(http, f"/api/v1/models/{name}/versions/1", lambda view: view["status"] == "validated")
-                assert (await http.post("/api/v1/endpoints", json={"name": name})).status_code == 201
-                deployed = (await http.post(f"/api/v1/endpoints/{name}/deployments", json={"model": name})).json()
-                replica = Replica(replica_id="r1", address=runner.address)
-                places = {key: deployed[key] for key in ("endpoint_name", "deployment_id", "generation")}
-                await publish(kafka, DeploymentReady(**places, replicas=(replica,)))
-                await until(http, f"/v1/models/{name}", lambda view: view["ready"])
+        runner_spec = spec(row_sums(), home, runner_id="r1", token=runner_token(KEY, "r1"), address=f"unix:{home}/s")
+        runner = await RunnerProcess.start(runner_spec)
+        try:
+            await publish(
+                kafka,
+                VersionInspected(model_name=name, version=1, format="sklearn", requirements=(), inferred=False),
+                VersionBuilt(model_name=name, version=1, environment=LOCK, reused=False, resolve_s=0, install_s=0),
+                VersionValidated(
+                    model_name=name, version=1, signature=runner.signature, measurements=Measurements(load_s=0, peak_memory_bytes=0)
+                ),
+            )
+            await until(http, f"/api/v1/models/{name}/versions/1", lambda view: view["status"] == "validated")
+            assert (await http.post("/api/v1/endpoints", json={"name": name})).status_code == 201
+            deployed = (await http.post(f"/api/v1/endpoints/{name}/deployments", json={"model": name})).json()
+            replica = Replica(replica_id="r1", address=runner.address)
+            places = {key: deployed[key] for key in ("endpoint_name", "deployment_id", "generation")}
+            await publish(kafka, DeploymentReady(**places, replicas=(replica,)))
+            await until(http, f"/v1/models/{name}", lambda view: view["ready"])
 
-                expected = np.array(ROWS).sum(axis=1).tolist()
+            expected = np.array(ROWS).sum(axis=1).tolist()
+            answer = await http.post(f"/v1/models/{name}:predict", json={"instances": ROWS})
+            assert answer.json() == {"predictions": expected}
+
+            gateway.send_signal(signal.SIGKILL)
+            await gateway.wait()
+            (home / "gateway.ready").unlink()
+            async with service("gateway", kafka, home, GATEWAY_HTTP_PORT=str(port)) as again:
+                assert (await http.get("/healthz")).json() == {"status": "ok"}
                 answer = await http.post(f"/v1/models/{name}:predict", json={"instances": ROWS})
                 assert answer.json() == {"predictions": expected}
-
-                gateway.send_signal(signal.SIGKILL)
-                await gateway.wait()
-                (home / "gateway.ready").unlink()
-                async with service("gateway", kafka, home, GATEWAY_HTTP_PORT=str(port)) as again:
-                    assert (await http.get("/healthz")).json() == {"status": "ok"}
-                    answer = await http.post(f"/v1/models/{name}:predict", json={"instances": ROWS})
-                    assert answer.json() == {"predictions": expected}
-                    again.terminate()
-                    assert await asyncio.wait_for(again.wait(), 10) == 0
-            finally:
-                await runner.stop()
+                again.terminate()
+                assert await asyncio.wait_for(again.wait(), 10) == 0
+        finally:
+            await runner.stop()
     assert "Traceback" not in (home / "gateway.log").read_text()
 
 

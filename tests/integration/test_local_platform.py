@@ -1,5 +1,6 @@
 """The platform on this machine with a real Kafka: it comes up, survives, and what it held is there again."""
 
+import asyncio
 import json
 import os
 import signal
@@ -83,7 +84,7 @@ async def test_kafka_killed_by_kill_9_is_back_with_what_it_held(settings: LocalS
     deadline = time.monotonic() + 60
     while (now := platform.status(settings)).parts[0].restarts == 0 or not now.is_ready:
         assert time.monotonic() < deadline, now
-        time.sleep(0.1)
+        await asyncio.sleep(0.1)
     assert await read(settings, 1) == [b"one"]
     platform.down(settings)
     assert supervisor.wait(20) == 0

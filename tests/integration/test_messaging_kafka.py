@@ -108,7 +108,7 @@ async def test_partitions_are_created_as_the_row_says_and_existing_topics_stay(k
 async def test_clients_of_a_broker_that_is_not_there_raise_a_transient_error():
     broker = KafkaBroker(KafkaSettings(bootstrap_servers=f"127.0.0.1:{free_port()}", request_timeout_ms=1_000))
     for client in (broker.producer(), broker.consumer(["t"], "g"), broker.reader(["t"]), broker.transactional_producer("i")):
-        with pytest.raises(TransientError, match="127.0.0.1"):
+        with pytest.raises(TransientError, match=r"connecting|reading"):
             await client.start()
         await client.stop()
 

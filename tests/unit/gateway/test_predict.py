@@ -226,7 +226,7 @@ async def test_the_runners_span_is_exported_as_the_child_of_the_request(tmp_path
         trace_id = "0af7651916cd43dd8448eb211c80319c"
         await world.predict([[1, 2]], headers={"traceparent": f"00-{trace_id}-b7ad6b7169203331-03"})
         spans = {span.name: span for span in exported.get_finished_spans()}
-        runner, server = spans["infer cancer"], spans["POST /v1/models/{endpoint}:predict"]
+        runner, server = spans["infer cancer"], spans["POST /v1/models/{model}:predict"]
         assert f"{server.context.trace_id:032x}" == f"{runner.context.trace_id:032x}" == trace_id
         assert f"{server.parent.span_id:016x}" == "b7ad6b7169203331"
         assert runner.parent.span_id == server.context.span_id

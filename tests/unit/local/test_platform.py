@@ -17,6 +17,20 @@ from libs.local.platform import Broker, BrokerKind
 from libs.local.settings import BrokerChoice, LocalSettings
 from libs.local.supervisor import Event, State
 
+SERVICE = """
+import http.server, os, pathlib
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+port = int(os.environ["GATEWAY_HTTP_PORT"]) if os.environ["MILLRACE_PART"] == "gateway" else 0
+server = http.server.HTTPServer(("127.0.0.1", port), Healthy)
+pathlib.Path(os.environ["MILLRACE_READY_FILE"]).write_text(str(os.getpid()))
+server.serve_forever()
+"""
+
 UP = """
 import sys
 from libs.local import platform
@@ -118,6 +132,41 @@ def test_a_detached_up_hands_on_why_it_failed(settings: LocalSettings) -> None:
     assert not platform.status(settings).is_running
 
 
+def test_a_detached_up_returns_when_everything_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in platform.SERVICES:
+        (tmp_path / "services" / name).mkdir(parents=True)
+        (tmp_path / "services" / name / "__main__.py").write_text(SERVICE)
+    (tmp_path / "services" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    settings = LocalSettings(
+        home=tmp_path / "home",
+        broker=BrokerChoice.EMBEDDED,
+        bootstrap_servers="",
+        otlp_endpoint="http://127.0.0.1:1",
+        ray_address="127.0.0.1:1",
+        kafka_port=_free_port(),
+        http_port=_free_port(),
+    )
+    ready: list[str] = []
+    try:
+        found = platform.up_detached(
+            settings, lambda said: ready.append(said.part) if isinstance(said, Event) and said.state is State.READY else None
+        )
+        assert found.is_ready
+        assert set(ready) == {"broker", "topics", *platform.SERVICES} == {part.name for part in found.parts}
+    finally:
+        report = platform.down(settings)
+    assert report == platform.DownReport(was_running=True, leftovers_ended=0)
+    assert all(processes.is_port_free(port) for port in (settings.kafka_port, settings.http_port))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((processes.LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def test_the_users_broker_wins_over_ours(settings: LocalSettings) -> None:
     assert platform.choose_broker(settings, lambda said: None) == Broker(BrokerKind.EXTERNAL, "127.0.0.1:1")
 
@@ -149,7 +198,7 @@ def test_what_the_user_set_reaches_the_services(settings: LocalSettings, home: H
     assert environment["MILLRACE_HOME"] == str(home.root)
 
 
-def test_the_state_after_ready_counts_every_part(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
+def test_a_restart_shows_in_the_status(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
     os.kill(next(part.pid for part in platform.status(settings).parts if part.pid) or 0, signal.SIGKILL)
     while platform.status(settings).parts[0].restarts == 0 or platform.status(settings).parts[0].state != State.READY:
         pass
