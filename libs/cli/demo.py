@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ from schemas.topics import COMMANDS, EVENTS, inference_requests, inference_resul
 from schemas.validation import VersionRejected, VersionValidated
 
 MODEL = ENDPOINT = "cancer"
+LIBRARIES = ("scikit-learn", "numpy", "scipy", "joblib")
+"""What the model's answers depend on. Without this list Millrace would infer it from the file, but not down to the last bit of a sum."""
+
 STREAMED_RECORDS = 1_000
 REQUEST_TYPE = "org.example.cancer.sample.taken.v1"
 """CloudEvents type of our inference requests. It is the producer's own: the topic says what is to be done with them."""
@@ -100,12 +104,12 @@ def tell(client: Client, settings: CliSettings, status: platform.PlatformStatus)
     title("Upload it and watch its events until it answers at an endpoint")
     with traced("upload and deploy") as trace_id:
         session = Session(client, settings, trace_id)
-        version = upload(session, trained)
-        deploy(session, version)
+        uploaded = upload(session, trained)
+        deploy(session, uploaded)
 
     title("Predict over HTTP, and compare with the model in this process")
     check_v1(client, trained)
-    check_v2(client, trained, version)
+    check_v2(client, trained, uploaded)
 
     title("Predict by publishing a CloudEvent with a plain Kafka client")
     check_cloudevent(kafka, trained)
@@ -130,19 +134,19 @@ def train() -> Trained:
 
 
 def upload(session: Session, trained: Trained) -> Json:
-    """The model's file becomes a validated version; its requirements are inferred from it."""
+    """The model's file becomes a validated version, with an environment of its own that holds the libraries it was trained with."""
+    body = {"example": {"instances": trained.samples[:2].tolist()}, "requirements": pins()}
     with saved(trained.model, "cancer.joblib") as path:
-        example = {"instances": trained.samples[:2].tolist()}
-        view, is_new = upload_version(session, path, MODEL, {"example": example}, wait=True, report=say_stage)
+        view, is_new = upload_version(session, path, MODEL, body, wait=True, report=say_stage)
     existed = "" if is_new else " (the same content was uploaded before, so it is the version that exists)"
     say(f"{MODEL}@{view['version']} is {view['status']}{existed}")
     return view
 
 
-def deploy(session: Session, version: Json) -> None:
+def deploy(session: Session, uploaded: Json) -> None:
     """The version answers at the endpoint; creating or deploying what is there already changes nothing."""
     session.client.create_endpoint(ENDPOINT)
-    view = deploy_version(session, ENDPOINT, {"model": MODEL, "version": version["version"]}, wait=True, report=say_stage)
+    view = deploy_version(session, ENDPOINT, {"model": MODEL, "version": uploaded["version"]}, wait=True, report=say_stage)
     say(f"endpoint {ENDPOINT} answers with {MODEL}@{view['version']}: {session.client.url}/v1/models/{ENDPOINT}:predict")
 
 
@@ -154,10 +158,10 @@ def check_v1(client: Client, trained: Trained) -> None:
     say(f"V1: {len(trained.labels)} labels equal, in {output.duration(time.monotonic() - started)}, answered by {answer.model_version}")
 
 
-def check_v2(client: Client, trained: Trained, version: Json) -> None:
+def check_v2(client: Client, trained: Trained, uploaded: Json) -> None:
     """The same in one V2 (Open Inference Protocol) request, which can ask for probabilities too."""
     tensor = {
-        "name": version["signature"]["inputs"][0]["name"],
+        "name": uploaded["signature"]["inputs"][0]["name"],
         "shape": list(trained.samples.shape),
         "datatype": "FP64",
         "data": trained.samples.ravel().tolist(),
@@ -193,7 +197,12 @@ def register_by_event(client: Client, kafka: PlainKafka, trained: Trained) -> No
     stricter = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1_000)).fit(data.data, data.target)
     with saved(stricter, "cancer-stricter.joblib") as path:
         artifact = Artifact(**client.upload_artifact(path))
-    spec = VersionSpec(artifact=artifact, example={"instances": trained.samples[:2].tolist()}, description="Registered by an event.")
+    spec = VersionSpec(
+        artifact=artifact,
+        example={"instances": trained.samples[:2].tolist()},
+        requirements=tuple(pins()),
+        description="Registered by an event.",
+    )
     command = RegisterVersion(model_name=MODEL, spec=spec)
     command_id = str(uuid.uuid4())
     with kafka.listen(EVENTS.name) as facts:
@@ -325,6 +334,11 @@ def saved(model: Pipeline, filename: str) -> Iterator[Path]:
         path = Path(directory) / filename
         joblib.dump(model, path)
         yield path
+
+
+def pins() -> list[str]:
+    """The libraries that the model was trained with, as requirements."""
+    return [f"{name}=={version(name)}" for name in LIBRARIES]
 
 
 def request_of(message: Message) -> str:

@@ -55,10 +55,16 @@ def line(event: "Json") -> str:
     """An event on one line: when, about what, what happened, and the plain fields of its data."""
     kind = str(event["type"]).removeprefix("millrace.")
     data: dict[str, Any] = event.get("data") or {}
-    plain = {
-        name: value for name, value in data.items() if isinstance(value, (str, int, float)) and value not in ("", event.get("subject"))
-    }
+    plain = {name: _plain(value) for name, value in data.items() if _is_plain(value) and value != event.get("subject")}
     summary = " ".join(f"{name}={value}" for name, value in plain.items())
     if len(summary) > SUMMARY_LENGTH:
         summary = summary[: SUMMARY_LENGTH - 1] + "…"
     return f"{output.local_time(event.get('time'))}  {event.get('subject') or '–'}  {kind}  {summary}".rstrip()
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (str, int, float)) and value != ""
+
+
+def _plain(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

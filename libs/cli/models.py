@@ -203,7 +203,7 @@ def _show_version(version: "Json") -> None:
             "environment": (version.get("environment") or {}).get("environment_id"),
             "inputs": [_tensor(tensor) for tensor in signature.get("inputs", [])],
             "outputs": [_tensor(tensor) for tensor in signature.get("outputs", [])],
-            "measured": version.get("measurements"),
+            "measured": _measured(version.get("measurements") or {}),
             "created": output.local_time(version["created_at"]),
         }
     )
@@ -213,3 +213,10 @@ def _show_version(version: "Json") -> None:
 
 def _tensor(tensor: "Json") -> str:
     return f"{tensor['name']} {tensor['datatype']}{tensor['shape']}"
+
+
+def _measured(measurements: "Json") -> list[str]:
+    names = {"load_s": "load", "predict_p50_s": "predict p50", "predict_p99_s": "p99"}
+    times = [f"{said} {output.duration(measurements[name])}" for name, said in names.items() if measurements.get(name) is not None]
+    peak = measurements.get("peak_memory_bytes")
+    return times + ([f"peak memory {output.size(peak)}"] if peak else [])

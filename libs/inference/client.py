@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from libs.errors import DeadlineExceededError, MillraceError, UnauthenticatedError
-from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
+from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, printable
 from libs.inference.requests import InferResponse, Span
 from libs.inference.tensors import Array
 from libs.runner.wire import Buffer, Frame, FrameReader, WireError, decode_tensors, encode_frame, encode_tensors
@@ -227,7 +227,7 @@ def _response(frame: Frame) -> InferResponse:
 
 def _message(frame: Frame) -> str:
     error = frame.meta.get("error")
-    return str(error.get("message")) if isinstance(error, dict) else "no reason given"
+    return printable(error.get("message")) if isinstance(error, dict) else "no reason given"
 
 
 def _as_error(frame: Frame) -> MillraceError:

@@ -40,3 +40,9 @@ class RunnerStartError(MillraceError):
         super().__init__(message)
         self.kind = kind
         self.module = module
+
+
+def printable(text: object, limit: int = 600) -> str:
+    """Return text that came from a model or a file as one that any log, event or answer can carry: one bounded line, valid Unicode."""
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in str(text)[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from libs.errors import ConfigurationError
 from libs.inference.client import RunnerClient
-from libs.inference.errors import RunnerStartError
+from libs.inference.errors import RunnerStartError, printable
 from libs.runner.cage import CageSpec
 from schemas.inference import Signature
 
@@ -213,7 +213,7 @@ class RunnerProcess:
 
     def _why_exited(self) -> str:
         last = [line for line in self.log_tail().splitlines() if line.strip()][-1:]
-        said = f"; its last words: {last[0].strip()[:300]}" if last else ""
+        said = f"; its last words: {printable(last[0].strip(), 300)}" if last else ""
         return f"the runner {self._exited.result().description} while it loaded the artifact{said}"
 
 
@@ -309,13 +309,14 @@ def _parse_ready(line: bytes) -> ReadyReport:
         document: dict[str, Any] = json.loads(line)
         if document.get("ready") is not True:
             error = document["error"]
-            raise RunnerStartError(str(error["message"]), str(error["kind"]), error.get("module"))
+            module = error.get("module")
+            raise RunnerStartError(printable(error["message"]), printable(error["kind"]), None if module is None else printable(module))
         return ReadyReport(
             signature=Signature.model_validate(document["signature"]),
             load_s=float(document["load_s"]),
-            cage={str(layer): str(state) for layer, state in document["cage"].items()},
-            python=str(document["python"]),
-            warnings=tuple(str(text) for text in document["warnings"]),
+            cage={printable(layer): printable(state) for layer, state in document["cage"].items()},
+            python=printable(document["python"]),
+            warnings=tuple(printable(text) for text in document["warnings"]),
         )
     except (ValueError, ValidationError, KeyError, TypeError, AttributeError) as error:
-        raise RunnerStartError(f"the runner's ready line cannot be read: {error}", "exited") from error
+        raise RunnerStartError(f"the runner's ready line cannot be read: {printable(error)}", "exited") from error

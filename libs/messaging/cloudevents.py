@@ -7,6 +7,7 @@ Structured messages are recognised by their body, not by the content type: versi
 ``application/json``.
 """
 
+import base64
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def read_envelope(record: Record) -> Envelope:
     """
     if record.value is None:
         raise InvalidMessage("the record has no value")
-    attributes = {name[3:]: record.header(name) for name, _ in record.headers if name.startswith("ce_")}
+    attributes = {name[3:].lower(): record.header(name) for name, _ in record.headers if name.lower().startswith("ce_")}
     return _envelope(attributes, record.value, record) if attributes else _structured(record)
 
 
@@ -141,10 +142,17 @@ def _structured(record: Record) -> Envelope:
         raise InvalidMessage(f"the record has no ce_ headers and its value is not JSON: {error}") from error
     if not isinstance(body, dict) or "specversion" not in body:
         raise InvalidMessage("the record is not a CloudEvent: it has no ce_ headers and its value has no specversion")
-    if "data_base64" in body:
-        raise InvalidMessage("a structured CloudEvent must carry its data as JSON, not as data_base64")
     attributes: dict[str, str | None] = {name: value for name, value in body.items() if isinstance(value, str) and name != "data"}
-    return _envelope(attributes, orjson.dumps(body.get("data")), record)
+    return _envelope(attributes, _structured_data(body), record)
+
+
+def _structured_data(body: dict[str, Any]) -> bytes:
+    if "data_base64" not in body:
+        return orjson.dumps(body.get("data"))
+    try:
+        return base64.b64decode(body["data_base64"], validate=True)
+    except (TypeError, ValueError) as error:
+        raise InvalidMessage(f"the CloudEvent's data_base64 is not base64: {error}") from error
 
 
 def _envelope(attributes: dict[str, str | None], data: bytes, record: Record) -> Envelope:

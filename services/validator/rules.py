@@ -5,7 +5,11 @@ A rule whose judgement changes gets a higher version; a rule that is gone keeps 
 
 from typing import Any
 
+from libs.inference.errors import printable
 from schemas.validation import Finding, Severity
+
+MAX_FINDINGS = 50
+"""A hostile file can break a rule a million times."""
 
 RULES = {
     "artifact.missing": 1,
@@ -44,12 +48,22 @@ RULES = {
 
 def rejection(rule: str, message: str, **evidence: Any) -> Finding:
     """A finding that ends the version's life."""
-    return Finding(rule=rule, rule_version=RULES[rule], severity=Severity.REJECT, message=message, evidence=evidence)
+    return Finding(rule=rule, rule_version=RULES[rule], severity=Severity.REJECT, message=printable(message), evidence=_clean(evidence))
 
 
 def warning(rule: str, message: str, **evidence: Any) -> Finding:
     """A finding that is kept with the version."""
-    return Finding(rule=rule, rule_version=RULES[rule], severity=Severity.WARN, message=message, evidence=evidence)
+    return Finding(rule=rule, rule_version=RULES[rule], severity=Severity.WARN, message=printable(message), evidence=_clean(evidence))
+
+
+def _clean(evidence: dict[str, Any]) -> dict[str, Any]:
+    """Names in a file may be megabytes long or no text at all; events carry neither."""
+    return {key: printable(value) if isinstance(value, str) else value for key, value in evidence.items()}
+
+
+def most_important(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Return the findings that an event carries: at most ``MAX_FINDINGS``, rejections first."""
+    return tuple(sorted(findings, key=lambda finding: finding.severity != Severity.REJECT))[:MAX_FINDINGS]
 
 
 def rejections(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:

@@ -100,15 +100,17 @@ class Validation:
 StartRunner = Callable[[RunnerSpec], Awaitable[RunnerProcess]]
 
 
-async def validate(trial: Trial, start: StartRunner = RunnerProcess.start) -> Validation:
+async def validate(trial: Trial, start: StartRunner = RunnerProcess.start, work_dir: Path | None = None) -> Validation:
     """Try a version. Whatever the model does becomes a finding; nothing of it survives the trial.
+
+    ``work_dir`` is where the runner's scratch directory is made.
 
     Raises
     ------
     TransientError
         This machine could not try it; the version is not to blame.
     """
-    with tempfile.TemporaryDirectory(prefix="mr-trial-") as folder:
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=work_dir) as folder:
         spec = _runner_spec(trial, Path(folder))
         try:
             runner = await start(spec)

@@ -1,0 +1,162 @@
+"""What the validator does with events: one function per gate."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from libs import telemetry
+from libs.artifacts.store import ArtifactCorruptError, ArtifactNotFoundError, ArtifactStore
+from libs.environments import ImpossibleEnvironmentError
+from libs.errors import InvalidArgumentError, TransientError
+from libs.messaging.cloudevents import Event
+from libs.messaging.processing import Handler
+from schemas.base import Payload
+from schemas.environment import VersionBuilt
+from schemas.registry import Artifact, ArtifactFormat, VersionRegistered, VersionSnapshot
+from schemas.validation import Finding, Gate, VersionInspected, VersionRejected, VersionValidated
+from services.validator.adapters import Environments, Versions, Workplace
+from services.validator.inspection import Inspection, inspect
+from services.validator.rules import most_important, rejection, rejections
+from services.validator.validation import Trial, TrialLimits, Validation, validate
+
+Try = Callable[[Trial, Path], Awaitable[Validation]]
+
+
+async def try_in_runner(trial: Trial, work_dir: Path) -> Validation:
+    """Try a version in a runner of its own."""
+    return await validate(trial, work_dir=work_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What the handlers work with."""
+
+    versions: Versions
+    store: ArtifactStore
+    environments: Environments
+    workplace: Workplace
+    limits: TrialLimits
+    expanded_max_bytes: int
+    attempt: Try = try_in_runner
+
+
+class Handlers:
+    """Says of every registered version whether it may be built, and of every built one whether it may be deployed.
+
+    Repeating is harmless: the verdict on the same content is the same, and the fact's id is derived from its cause.
+    """
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    def table(self) -> Mapping[type[Payload], Handler]:
+        """Handler by event."""
+        return {VersionRegistered: self.registered, VersionBuilt: self.built}
+
+    async def registered(self, event: Event[VersionRegistered]) -> Sequence[Payload]:
+        """The first gate."""
+        version = event.data
+        with telemetry.tracer().start_as_current_span("inspect artifact") as span:
+            try:
+                async with self._fetched(version.spec.artifact) as path:
+                    inspection = await asyncio.to_thread(self._inspect, path, version)
+            except (ArtifactNotFoundError, ArtifactCorruptError, InvalidArgumentError) as error:
+                finding = rejection("artifact.missing", error.message, sha256=version.spec.artifact.sha256)
+                return [_rejected(version, Gate.INSPECTION, (finding,))]
+            span.set_attribute("millrace.verdict", "inspected" if inspection.accepted else "rejected")
+        return [_inspected(version, inspection)]
+
+    def _inspect(self, path: Path, version: VersionRegistered) -> Inspection:
+        spec = version.spec
+        return inspect(
+            path,
+            size_bytes=spec.artifact.size_bytes,
+            declared_format=spec.format,
+            requirements=spec.requirements,
+            expanded_limit_bytes=self._tools.expanded_max_bytes,
+        )
+
+    async def built(self, event: Event[VersionBuilt]) -> Sequence[Payload]:
+        """The second gate.
+
+        Raises
+        ------
+        TransientError
+            The registry's snapshot of the version was not read yet, or this machine cannot try it now.
+        """
+        version = event.data
+        known = self._tools.versions.get(version.model_name, version.version)
+        if known is None:
+            raise TransientError(f"nothing is known yet of version {version.version} of {version.model_name}")
+        with telemetry.tracer().start_as_current_span("validate version") as span:
+            try:
+                async with self._fetched(known.spec.artifact) as path:
+                    verdict = await self._try(path, known, version)
+            except (ArtifactNotFoundError, ArtifactCorruptError, InvalidArgumentError) as error:
+                finding = rejection("artifact.missing", error.message, sha256=known.spec.artifact.sha256)
+                return [_rejected(version, Gate.VALIDATION, (finding,))]
+            except ImpossibleEnvironmentError as error:
+                return [_rejected(version, Gate.VALIDATION, (rejection("trial.environment", error.message),))]
+            span.set_attribute("millrace.verdict", "validated" if verdict.accepted else "rejected")
+        return [_validated(version, verdict)]
+
+    async def _try(self, path: Path, known: VersionSnapshot, version: VersionBuilt) -> Validation:
+        python = await self._tools.environments.ensure(version.environment)
+        trial = Trial(python, path, await self._format(path, known), known.spec.example, self._tools.limits)
+        return await self._tools.attempt(trial, self._tools.workplace.path)
+
+    async def _format(self, path: Path, known: VersionSnapshot) -> ArtifactFormat:
+        """Return the format found at the first gate; the snapshot may be older than that verdict, then look again."""
+        if known.format is not None:
+            return known.format
+        inspection = await asyncio.to_thread(inspect, path, expanded_limit_bytes=self._tools.expanded_max_bytes)
+        if inspection.format is None:
+            raise TransientError(f"the format of version {known.version} of {known.model_name} is not known yet")
+        return inspection.format
+
+    @asynccontextmanager
+    async def _fetched(self, artifact: Artifact) -> AsyncIterator[Path]:
+        with tempfile.TemporaryDirectory(dir=self._tools.workplace.path, prefix="artifact-") as folder:
+            path = Path(folder) / "artifact"
+            await self._tools.store.fetch_to(artifact.sha256, path)
+            yield path
+
+
+def _inspected(version: VersionRegistered, inspection: Inspection) -> Payload:
+    if not inspection.accepted or inspection.format is None:
+        return _rejected(version, Gate.INSPECTION, inspection.findings)
+    return VersionInspected(
+        model_name=version.model_name,
+        version=version.version,
+        format=inspection.format.value,
+        requirements=inspection.requirements,
+        inferred=inspection.inferred,
+        findings=most_important(inspection.findings),
+    )
+
+
+def _validated(version: VersionBuilt, verdict: Validation) -> Payload:
+    if not verdict.accepted or verdict.signature is None or verdict.measurements is None:
+        return _rejected(version, Gate.VALIDATION, verdict.findings)
+    return VersionValidated(
+        model_name=version.model_name,
+        version=version.version,
+        signature=verdict.signature,
+        measurements=verdict.measurements,
+        golden=verdict.golden,
+        cage=verdict.cage,
+        findings=most_important(verdict.findings),
+    )
+
+
+def _rejected(version: VersionRegistered | VersionBuilt, gate: Gate, findings: tuple[Finding, ...]) -> VersionRejected:
+    return VersionRejected(
+        model_name=version.model_name,
+        version=version.version,
+        gate=gate,
+        reason=rejections(findings)[0].message,
+        findings=most_important(findings),
+    )

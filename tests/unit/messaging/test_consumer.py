@@ -1,0 +1,100 @@
+import asyncio
+
+import pytest
+
+from libs.errors import TransientError
+from libs.messaging.consumer import ConsumerRunner, TransactionalRunner
+from libs.messaging.errors import FencedError
+from libs.messaging.memory import MemoryBroker
+from libs.messaging.processing import Processor
+from libs.messaging.retry import Retry
+from schemas.registry import CreateEndpoint, EndpointCreated
+from schemas.topics import COMMANDS, EVENTS
+from tests.unit.messaging.events import NOW, create_endpoint, write
+
+FAST = Retry(first_s=0.001, longest_s=0.001)
+
+
+async def created(event):
+    return [EndpointCreated(endpoint_name=event.data.endpoint_name)]
+
+
+def processor() -> Processor:
+    return Processor("tester", {CreateEndpoint: created}, retry=FAST, clock=lambda: NOW)
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the fake has no event for it
+            await asyncio.sleep(0.001)
+
+
+async def test_a_consumer_runner_waits_out_a_broker_that_is_away():
+    broker = MemoryBroker()
+    runner = ConsumerRunner(broker, [COMMANDS.name], "g", processor())
+    await runner.start()
+    running = asyncio.create_task(runner.run())
+    await broker.append([write(create_endpoint("a", "1"))])
+    await until(lambda: broker.committed("g", COMMANDS.name) == 1)
+    broker.is_away = True
+    await asyncio.sleep(0.01)
+    broker.is_away = False
+    await broker.append([write(create_endpoint("b", "2"))])
+    await until(lambda: broker.committed("g", COMMANDS.name) == 2)
+    assert len(broker.records(EVENTS.name)) == 2
+    await runner.stop()
+    await running
+
+
+async def test_a_commit_that_fails_is_made_up_for_by_the_next():
+    broker = MemoryBroker()
+    runner = ConsumerRunner(broker, [COMMANDS.name], "g", processor())
+    await runner.start()
+    await broker.append([write(create_endpoint("a", "1"))])
+    commit, failures = runner._consumer.commit, [TransientError("away")]
+
+    async def flaky(offsets):
+        if failures:
+            raise failures.pop()
+        await commit(offsets)
+
+    runner._consumer.commit = flaky
+    running = asyncio.create_task(runner.run())
+    await until(lambda: not failures)
+    await until(lambda: broker.committed("g", COMMANDS.name) == 1)
+    await runner.stop()
+    await running
+
+
+async def test_a_transactional_runner_restores_after_fencing_and_before_reading():
+    broker, order = MemoryBroker(), []
+    older = TransactionalRunner(broker, [COMMANDS.name], "g", processor(), lambda: asyncio.sleep(0))
+    await older.start()
+
+    async def restore() -> None:
+        order.append("restored")
+
+    await broker.append([write(create_endpoint())])
+    newer = TransactionalRunner(broker, [COMMANDS.name], "g", processor(), restore)
+    await newer.start()
+    assert order == ["restored"]
+    with pytest.raises(FencedError):
+        await older.run()
+    assert broker.records(EVENTS.name) == ()
+    await older.stop()
+    await newer.stop()
+
+
+async def test_a_failed_transaction_ends_the_transactional_runner_with_nothing_written():
+    broker = MemoryBroker()
+    runner = TransactionalRunner(broker, [COMMANDS.name], "g", processor(), lambda: asyncio.sleep(0))
+    await runner.start()
+    await broker.append([write(create_endpoint())])
+
+    async def fails(offsets, group):
+        raise TransientError("away")
+
+    runner._producer.send_offsets = fails
+    with pytest.raises(TransientError, match="starting again from the log"):
+        await runner.run()
+    assert (broker.records(EVENTS.name), broker.committed("g", COMMANDS.name)) == ((), 0)
