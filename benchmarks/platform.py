@@ -52,7 +52,7 @@ def platform(home: Path) -> Iterator[tuple[Platform, float]]:
         **os.environ,
         "MILLRACE_HOME": str(home),
         "GATEWAY_HTTP_PORT": str(port),
-        "KAFKA_PORT": str(free_port()),
+        "MILLRACE_KAFKA_PORT": str(free_port()),
         "MILLRACE_URL": f"http://127.0.0.1:{port}",
     }
     started = Platform(home, f"http://127.0.0.1:{port}", environment)

@@ -9,7 +9,8 @@ class DeadLetter(Payload):
     """The original record, byte for byte, with the cause and the place it came from.
 
     ``key_base64``, ``value_base64`` and ``headers_base64`` restore the record exactly, so that it can be replayed.
-    ``value_truncated`` is true when the original value was too large to be carried; it then still stands at its origin offset.
+    ``value_truncated`` is true when the original was too large to be carried; key, value and headers are then left out, and the record
+    still stands at its origin offset.
     """
 
     event_type = "millrace.messaging.record.dead_lettered.v1"

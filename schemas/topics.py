@@ -46,7 +46,7 @@ COMMANDS = Topic(
         registry.DeleteEndpoint,
     ),
     producers=("gateway", "anyone"),
-    consumers=("registry",),
+    consumers=("registry", "gateway"),
 )
 
 EVENTS = Topic(
@@ -80,7 +80,12 @@ EVENTS = Topic(
 
 STATE_MODELS = Topic("millrace.state.models", "model", (registry.ModelSnapshot,), ("registry",), ("registry", "gateway"), retention_ms=None)
 STATE_VERSIONS = Topic(
-    "millrace.state.versions", "model@version", (registry.VersionSnapshot,), ("registry",), ("registry", "validator", "gateway"), retention_ms=None
+    "millrace.state.versions",
+    "model@version",
+    (registry.VersionSnapshot,),
+    ("registry",),
+    ("registry", "validator", "gateway"),
+    retention_ms=None,
 )
 STATE_ENDPOINTS = Topic(
     "millrace.state.endpoints",

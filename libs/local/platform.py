@@ -266,7 +266,7 @@ def parts(settings: LocalSettings, home: Home, broker: Broker, tracing: jaeger.J
             )
         )
     if not settings.ray_address:
-        listed.append(_ray_part(home))
+        listed.append(_ray_part(home, base))
     after = ("topics",) if tracing is None else ("topics", "jaeger")
     return [*listed, *(_service_part(name, settings, home, base, after) for name in SERVICES)]
 
@@ -314,10 +314,12 @@ def _create_topics(broker: Broker) -> bool:
     return True
 
 
-def _ray_part(home: Home) -> Part:
+def _ray_part(home: Home, base: Mapping[str, str]) -> Part:
+    """Replicas inherit the head's environment; credentials of an S3 store reach them this way."""
     return Part(
         "ray",
         _python("libs.local.ray_head", "--home", str(home.root)),
+        lambda: base,
         is_ready=lambda: _ray_port(home) is not None and processes.accepts(_ray_port(home) or 0),
         stale_files=(ray_head.address_path(home.root),),
         start_timeout_s=90,

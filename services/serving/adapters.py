@@ -330,13 +330,10 @@ async def _warm_soon() -> None:
 
 
 def _start_worker() -> None:
-    """Ask every machine's raylet for one more worker, for the job that Serve's actors belong to.
-
-    A worker that has not run anything serves any job; one that has serves only the job it ran for.
-    """
+    """Ask the raylet for one more worker; for no job in particular, because Serve's actors belong to a job that may have ended."""
     request = node_manager_pb2.PrestartWorkersRequest(
         language=common_pb2.Language.PYTHON,
-        job_id=_controller()._actor_id.job_id.binary(),
+        job_id=ray.JobID.nil().binary(),
         keep_alive_duration_secs=WARM_WORKER_S,
         num_workers=1,
     )

@@ -170,6 +170,50 @@ async def test_stopping_while_the_broker_is_away_takes_a_bounded_time(kind, tmp_
         await asyncio.to_thread(server.stop)
 
 
+@pytest.mark.parametrize("kind", ["consumer", "faust"])
+async def test_two_instances_share_the_partitions_and_nothing_is_lost_when_one_joins(kind, kafka_server):
+    settings = kafka_server.settings
+    topic, group = await new_topic(settings, partitions=4), "group-" + uuid.uuid4().hex[:8]
+    both: tuple[list[str], list[str]] = ([], [])
+    runners = [
+        runner(kind, settings.model_copy(update={"group_instance": str(number)}), topic, group, handled)
+        for number, handled in enumerate(both)
+    ]
+    names = [f"n{number}" for number in range(600)]
+    async with started(KafkaBroker(settings).producer()) as (producer,):
+        tasks = []
+        for number, subject in enumerate(runners):
+            await subject.start()
+            tasks.append(asyncio.create_task(subject.run()))
+            await producer.send([command(topic, name) for name in names[number * 300 : number * 300 + 300]])
+        await until(lambda: set(both[0]) | set(both[1]) == set(names))
+        await producer.send([command(topic, f"late{number}") for number in range(40)])
+        await until(lambda: sum(name.startswith("late") for name in [*both[0], *both[1]]) >= 40)
+        print(f"{kind}: {len(both[0])} and {len(both[1])} handled, {len(both[0]) + len(both[1]) - 640} of them again")
+        assert any(name.startswith("late") for name in both[0])
+        assert any(name.startswith("late") for name in both[1])
+        for subject, task in zip(runners, tasks, strict=True):
+            await subject.stop()
+            await task
+
+
+async def test_an_open_transaction_of_a_killed_instance_is_aborted_by_the_next_and_holds_up_no_reader(kafka_server):
+    settings = kafka_server.settings
+    topic, broker = await new_topic(settings), KafkaBroker(settings)
+    killed, following = broker.transactional_producer(topic), broker.transactional_producer(topic)
+    await killed.start()
+    await killed._producer.begin_transaction()
+    await killed.send([Record(topic, b"k", b"half done")])
+    async with started(following, broker.reader([topic])) as (producer, reader):
+        async with producer.transaction():
+            await producer.send([Record(topic, b"k", b"done")])
+        ends, records = await reader.end_offsets(), []
+        while not await reader.is_at(ends):
+            records += await reader.get_many(10, 0.5)
+    await killed.stop()
+    assert [record.value for record in records] == [b"done"]
+
+
 CONSUMING = """
 import asyncio, sys
 from tests.integration.test_messaging_kafka import runner

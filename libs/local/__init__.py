@@ -1,0 +1,1 @@
+"""The platform on one machine: what `millrace up` starts, watches and stops."""

@@ -1,0 +1,250 @@
+"""The whole platform on a real Kafka with a real Jaeger."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.e2e.platforms import RunningPlatform, cancer_model, dumped, samples
+from tests.integration.servers import JaegerServer, run_jaeger
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def jaeger(tmp_path_factory):
+    with run_jaeger(tmp_path_factory.mktemp("jaeger")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory, jaeger: JaegerServer):
+    running = RunningPlatform(tmp_path_factory.mktemp("mr") / "home", "kafka", OTEL_EXPORTER_OTLP_ENDPOINT=jaeger.otlp_http)
+    running.up()
+    try:
+        yield running
+    finally:
+        running.down()
+        assert running.processes() == []
+
+
+@pytest.fixture(scope="module")
+def cancer(platform, tmp_path_factory):
+    """The model ``cancer``, uploaded and served; its trace id and the local model."""
+    folder = tmp_path_factory.mktemp("cancer")
+    model = cancer_model()
+    path = folder / "cancer.joblib"
+    dumped(model, path)
+    example = folder / "example.json"
+    example.write_text(json.dumps({"instances": samples()[:2].tolist()}))
+    trace_id = os.urandom(16).hex()
+    platform.environment["TRACEPARENT"] = f"00-{trace_id}-{os.urandom(8).hex()}-01"
+    platform.cli("models", "upload", str(path), "--name", "cancer", "--example", str(example), "--wait")
+    platform.serve("cancer")
+    del platform.environment["TRACEPARENT"]
+    return model, trace_id
+
+
+def test_predictions_over_v1_and_v2_equal_the_local_models_to_the_last_bit(platform, cancer):
+    model, _ = cancer
+    rows = samples()
+    answer = platform.http.post("/v1/models/cancer:predict", json={"instances": rows.tolist()})
+    assert answer.json()["predictions"] == model.predict(rows).tolist()
+    assert answer.headers["x-millrace-model-version"] == "cancer@1"
+    tensor = {"name": "input", "shape": list(rows.shape), "datatype": "FP64", "data": rows.ravel().tolist()}
+    body = {"inputs": [tensor], "outputs": [{"name": "predict_proba"}]}
+    (output,) = platform.http.post("/v2/models/cancer/infer", json=body).json()["outputs"]
+    assert np.array_equal(np.array(output["data"]).reshape(output["shape"]), model.predict_proba(rows))
+
+
+def test_one_trace_leads_from_the_upload_to_ready(platform, cancer, jaeger):
+    _, trace_id = cancer
+    wanted = {f"millrace-{name}" for name in ("cli", "gateway", "registry", "validator", "builder", "serving")}
+    services: set[str] = set()
+    end = time.monotonic() + 30
+    while not wanted <= services and time.monotonic() < end:
+        trace = jaeger.trace(trace_id, spans=10)
+        services = {process["serviceName"] for process in trace["processes"].values()}
+        time.sleep(1)
+    assert wanted <= services
+    ids = {span["spanID"] for span in trace["spans"]}
+    orphans = [
+        span["operationName"]
+        for span in trace["spans"]
+        if span["references"] and not any(ref["spanID"] in ids for ref in span["references"])
+    ]
+    assert len(orphans) <= 3, f"spans whose parent is not in the trace: {orphans}"  # the three commands' parent is this test
+
+
+def test_one_predict_trace_leads_from_the_gateway_into_the_runner(platform, cancer, jaeger):
+    trace_id = os.urandom(16).hex()
+    headers = {"traceparent": f"00-{trace_id}-{os.urandom(8).hex()}-01"}
+    platform.http.post("/v1/models/cancer:predict", json={"instances": samples()[:1].tolist()}, headers=headers).raise_for_status()
+    trace = jaeger.trace(trace_id, spans=2, timeout_s=30)
+    by_service = {trace["processes"][span["processID"]]["serviceName"]: span for span in trace["spans"]}
+    assert set(by_service) == {"millrace-gateway", "millrace-runner"}
+    (parent,) = by_service["millrace-runner"]["references"]
+    assert parent["spanID"] == by_service["millrace-gateway"]["spanID"]
+
+
+@pytest.mark.parametrize("service", ["registry", "validator", "builder", "gateway", "serving"])
+def test_a_service_killed_in_the_middle_of_an_upload_is_restarted_and_the_version_becomes_ready(platform, cancer, service, tmp_path):
+    name = f"killed-{service}"
+    content = dumped(cancer_model(2.0 + len(service)), tmp_path / "m.joblib")
+    pid = platform.pid_of(service)
+    platform.upload(content, name, example={"instances": samples()[:1].tolist()})
+    os.kill(pid, signal.SIGKILL)
+    platform.version_when(name, "validated")
+    platform.cli("endpoints", "create", name)
+    deployed = subprocess.Popen(
+        [sys.executable, "-m", "libs.cli", "endpoints", "deploy", name, "--model", name, "--wait"], env=platform.environment
+    )
+    if service == "serving":
+        os.kill(platform.pid_of("serving"), signal.SIGKILL)
+    assert deployed.wait(120) == 0
+    answer = platform.http.post(f"/v1/models/{name}:predict", json={"instances": samples()[:3].tolist()})
+    assert answer.status_code == 200, answer.text
+    platform.cli("endpoints", "delete", name, "--force")
+
+
+def test_a_killed_runner_is_restarted_and_no_request_fails(platform, cancer):
+    (runner,) = [
+        process for process in platform.processes() if "libs/runner" in " ".join(process.cmdline()) and "cancer" in str(process.cmdline())
+    ] or [process for process in platform.processes() if "libs/runner" in " ".join(process.cmdline())][:1]
+    runner.kill()
+    for _ in range(20):
+        answer = platform.http.post("/v1/models/cancer:predict", json={"instances": samples()[:1].tolist()})
+        assert answer.status_code == 200, answer.text
+        time.sleep(0.1)
+
+
+class OpensASocket:
+    def __reduce__(self):
+        return (socket.create_connection, (("127.0.0.1", 9),))
+
+
+def _truncated_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("model.joblib", os.urandom(2000))
+    return buffer.getvalue()[:-400]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("empty", b"", "empty"),
+        ("zip", _truncated_zip(), "truncated"),
+        ("text", b"this is not a model\n" * 10, "text"),
+        ("socket", pickle.dumps(OpensASocket()), "socket"),
+        ("half", pickle.dumps(list(range(1000)))[:-50], "truncated"),
+    ],
+)
+def test_a_file_that_is_no_model_is_rejected_with_a_clear_reason(platform, name, content, word):
+    answer = platform.upload(content, f"bad-{name}")
+    if answer.status_code < 300:
+        view = platform.version_when(f"bad-{name}", "rejected")
+        assert word in view["reason"].lower()
+        assert view["stage_times"].keys() == {"registered", "rejected"}, "nothing was built"
+    else:
+        assert word in answer.json()["error"].lower()
+    assert platform.is_ready()
+
+
+def test_a_wrong_digest_is_refused_and_nothing_is_stored(platform):
+    answer = platform.http.post("/api/v1/artifacts", params={"filename": "m"}, content=b"abc", headers={"x-millrace-sha256": "0" * 64})
+    assert answer.status_code == 400
+    assert "0000" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "requirements", "status", "word"),
+    [
+        ("no-sklearn", ["numpy"], "rejected", "sklearn"),
+        ("conflict", ["scikit-learn==1.9.1", "numpy<1.20"], "build_failed", "numpy"),
+        ("unknown", ["this-package-does-not-exist-millrace"], "build_failed", "this-package-does-not-exist-millrace"),
+    ],
+)
+def test_requirements_that_do_not_do_are_named(platform, tmp_path, name, requirements, status, word):
+    content = dumped(cancer_model(), tmp_path / "m.joblib")
+    platform.upload(content, f"req-{name}", requirements=requirements)
+    view = platform.version_when(f"req-{name}", status)
+    assert word in view["reason"]
+
+
+def test_an_example_that_does_not_fit_is_the_reason(platform, tmp_path):
+    content = dumped(cancer_model(), tmp_path / "m.joblib")
+    platform.upload(content, "bad-example", example={"instances": [[1, 2, 3]]})
+    assert "30" in platform.version_when("bad-example", "rejected")["reason"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", "a%2Fb", "%C3%A9t%C3%A9", "x" * 300, "-a", "a b"],
+)
+def test_names_that_are_none_are_refused_by_rule(platform, name):
+    answer = platform.http.post(
+        f"/api/v1/models/{name}/versions", json={"artifact": {"sha256": "0" * 64, "size_bytes": 1, "filename": "m"}}
+    )
+    assert answer.status_code in (400, 404)
+    assert answer.json().keys() == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/api/v1/models/unknown"),
+        ("GET", "/api/v1/models/cancer/versions/99"),
+        ("GET", "/api/v1/endpoints/unknown"),
+        ("POST", "/v1/models/unknown:predict"),
+        ("POST", "/v2/models/cancer/versions/99/infer"),
+    ],
+)
+def test_what_does_not_exist_is_404(platform, cancer, method, path):
+    answer = platform.http.request(method, path, json={"instances": [[0.0] * 30]} if method == "POST" else None)
+    assert (answer.status_code, list(answer.json())) == (404, ["error"])
+
+
+def test_an_endpoint_under_traffic_is_not_deleted(platform, cancer):
+    answer = platform.http.delete("/api/v1/endpoints/cancer")
+    assert answer.status_code == 409
+    assert "traffic" in answer.json()["error"]
+    assert platform.http.post("/v1/models/cancer:predict", json={"instances": samples()[:1].tolist()}).status_code == 200
+
+
+def test_a_version_that_is_not_built_cannot_be_deployed(platform, cancer, tmp_path):
+    platform.upload(b"text\n" * 9, "never")
+    platform.version_when("never", "rejected")
+    answer = platform.http.post("/api/v1/endpoints/cancer/deployments", json={"model": "never", "version": 1})
+    assert answer.status_code == 409
+    assert "rejected" in answer.json()["error"]
+
+
+def test_everything_is_back_after_down_and_up(platform, cancer):
+    before = platform.http.get("/api/v1/endpoints/cancer").json()["traffic"]
+    platform.down()
+    assert platform.processes() == []
+    with pytest.raises(httpx.TransportError):
+        platform.is_ready()
+    platform.up()
+    assert platform.http.get("/api/v1/endpoints/cancer").json()["traffic"] == before
+    end = time.monotonic() + 60
+    while (answer := platform.http.post("/v1/models/cancer:predict", json={"instances": samples()[:1].tolist()})).status_code != 200:
+        assert time.monotonic() < end, answer.text
+        time.sleep(0.5)
+
+
+def test_a_second_up_says_that_it_runs_already(platform):
+    done = platform.cli("up", "--detach", check=False)
+    assert done.returncode != 0
+    assert "already running" in done.stderr
