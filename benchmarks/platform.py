@@ -97,11 +97,12 @@ def upload_to_prediction(target: Platform, folder: Path, name: str, strength: fl
 
 
 def processes(home: Path) -> list[psutil.Process]:
-    """Every process that belongs to a home's platform."""
+    """Every process that belongs to a home's platform: by its environment, or, as runners do, by its command line."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("MILLRACE_HOME") == str(home) and process.pid != os.getpid():
+            carries = process.environ().get("MILLRACE_HOME") == str(home) or str(home) in " ".join(process.cmdline())
+            if carries and process.pid != os.getpid():
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue

@@ -1,19 +1,18 @@
 """Commands to the registry, the facts it states and the snapshots it keeps."""
 
-import json
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from schemas.base import Alias, Command, Contract, Fact, Name, Payload, Percent, Sha256, VersionNumber
 from schemas.environment import EnvironmentLock
 from schemas.inference import Signature
 from schemas.validation import Finding, Measurements
 
-MAX_EXAMPLE_BYTES = 262_144
-"""An example travels inside events; 256 KiB leaves a record well under the broker's 1 MiB."""
+MAX_SPEC_BYTES = 393_216
+"""A version's spec travels inside events: 384 KiB of it and a lock of 512 KiB fit the broker's 1 MiB."""
 
 Labels = dict[str, str]
 
@@ -58,13 +57,12 @@ class VersionSpec(Contract):
     labels: Labels = Field(default_factory=dict, max_length=64)
     lineage: Lineage = Field(default_factory=Lineage)
 
-    @field_validator("example")
-    @classmethod
-    def _fits_an_event(cls, example: dict[str, Any] | None) -> dict[str, Any] | None:
-        size = len(json.dumps(example, separators=(",", ":")))
-        if size > MAX_EXAMPLE_BYTES:
-            raise ValueError(f"an example of {size} bytes is too large; {MAX_EXAMPLE_BYTES} are the most")
-        return example
+    @model_validator(mode="after")
+    def _fits_an_event(self) -> "VersionSpec":
+        size = len(self.model_dump_json())
+        if size > MAX_SPEC_BYTES:
+            raise ValueError(f"example, requirements, labels and lineage take {size} bytes together; {MAX_SPEC_BYTES} are the most")
+        return self
 
 
 # Commands ------------------------------------------------------------------------------------------------------------

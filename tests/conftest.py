@@ -49,7 +49,7 @@ class EmbeddedBroker:
 
     def create_topic(self, name: str, partitions: int = 1) -> None:
         assert self._cluster is not None
-        self._cluster._create_topic(name, partitions)
+        self._cluster.create_topic(name, partitions)
 
     def close(self) -> None:
         if self._cluster is not None:

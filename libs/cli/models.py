@@ -62,6 +62,7 @@ def upload_version(
     """Upload and register a file, reporting progress; the version's view, and whether it is new."""
     from libs.cli.stages import VERSION_TIMEOUT_S, EventFeed, VersionStory, follow
 
+    references.check_name(name)
     client = session.client
     started = time.monotonic()
     with output.upload_progress(path.name, path.stat().st_size) as on_bytes:

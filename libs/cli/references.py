@@ -15,6 +15,15 @@ class ModelReference:
     alias: str | None = None
 
 
+def check_name(name: str) -> None:
+    """Refuse an impossible name before gigabytes are sent under it."""
+    from schemas.base import NAME_PATTERN
+
+    if not re.fullmatch(NAME_PATTERN, name):
+        said = name if len(name) <= 80 else name[:79] + "…"
+        raise UsageError(f"{said!r} is not a name: 1 to 63 letters, digits, '-' or '_'; starts and ends with a letter or digit")
+
+
 def model_reference(text: str) -> ModelReference:
     """Read a reference to a model or to one of its versions.
 

@@ -40,7 +40,11 @@ _VERSION_STAGES: Mapping[str, str] = {
     VersionRejected.event_type: VersionStatus.REJECTED,
     VersionBuildFailed.event_type: VersionStatus.BUILD_FAILED,
 }
-_VERSION_ENDS = {VersionStatus.REJECTED, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED}
+_VERSION_ENDS = {
+    VersionStatus.REJECTED: "was rejected",
+    VersionStatus.BUILD_FAILED: "cannot be built",
+    VersionStatus.ARCHIVED: "is archived",
+}
 
 _LAST_STAGES = {VersionStatus.VALIDATED, *_VERSION_ENDS, DeploymentStatus.READY, DeploymentStatus.FAILED}
 
@@ -98,7 +102,7 @@ class VersionStory:
     def ended(self, view: Json) -> bool:
         status = view.get("status")
         if status in _VERSION_ENDS:
-            raise StageFailedError(_sentence(f"{self.name} is {str(status).replace('_', ' ')}", view.get("reason")))
+            raise StageFailedError(_sentence(f"{self.name} {_VERSION_ENDS[VersionStatus(status)]}", view.get("reason")))
         return status == VersionStatus.VALIDATED
 
 
@@ -183,7 +187,7 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since:
     Parameters
     ----------
     first
-        The view to begin with: what the command was answered.
+        The view to begin with: what the command was answered. If that is the end already, there is nothing to report.
     since
         When the command was given; the time of the first stage is counted from here.
 
@@ -194,6 +198,8 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since:
     WaitTimeoutError
         When it took longer than ``timeout_s`` seconds.
     """
+    if story.ended(first):
+        return first
     deadline = time.monotonic() + timeout_s
     stages = _Stages(report, since)
     view = first

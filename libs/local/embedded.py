@@ -89,14 +89,14 @@ class MockCluster:
         self._library.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, 0)
         self._exchange_listener(listener)
         for name, partitions in topics.items():
-            self._create_topic(name, partitions)
+            self.create_topic(name, partitions)
 
     def close(self) -> None:
         """End the broker; everything it held is gone."""
         self._library.rd_kafka_mock_cluster_destroy(self._cluster)
         self._library.rd_kafka_destroy(self._handle)
 
-    def _create_topic(self, name: str, partitions: int) -> None:
+    def create_topic(self, name: str, partitions: int) -> None:
         code = self._library.rd_kafka_mock_topic_create(self._cluster, name.encode(), partitions, 1)
         if code:
             raise ConfigurationError(f"the embedded broker does not create the topic {name!r} with {partitions} partitions (error {code})")

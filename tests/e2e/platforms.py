@@ -73,11 +73,12 @@ class RunningPlatform:
         return pid
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that carries this platform's home."""
+        """Every process that carries this platform's home: in its environment, or, as runners do, in its command line."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.pid != os.getpid() and process.environ().get("MILLRACE_HOME") == str(self.home):
+                carries = process.environ().get("MILLRACE_HOME") == str(self.home) or str(self.home) in " ".join(process.cmdline())
+                if process.pid != os.getpid() and carries:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
@@ -98,6 +99,14 @@ class RunningPlatform:
                 return view
             time.sleep(0.2)
         raise AssertionError(f"{model}@{version} is not one of {statuses} after {timeout_s} s: {view}")
+
+    def runners(self, model: str) -> list[psutil.Process]:
+        """The runners that serve a model's versions."""
+        digests = {version["spec"]["artifact"]["sha256"] for version in self.http.get(f"/api/v1/models/{model}/versions").json()["versions"]}
+        return [process for process in self.processes() if any(digest in " ".join(process.cmdline()) for digest in digests)]
+
+    def close(self) -> None:
+        self.http.close()
 
     def upload(self, content: bytes, name: str, filename: str = "model.joblib", **body: Any) -> httpx.Response:
         artifact = self.http.post("/api/v1/artifacts", params={"filename": filename}, content=content)

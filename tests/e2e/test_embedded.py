@@ -12,6 +12,7 @@ def test_the_demo_succeeds_on_the_embedded_broker_and_leaves_nothing_behind(tmp_
         done = platform.cli("demo", "--broker", "embedded", timeout_s=220)
     finally:
         platform.cli("down", check=False)
+        platform.close()
     assert "Every step held" in done.stdout
     assert "EMBEDDED" in done.stdout + done.stderr
     assert platform.processes() == []

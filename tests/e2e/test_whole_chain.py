@@ -35,6 +35,7 @@ def platform(tmp_path_factory, jaeger: JaegerServer):
         yield running
     finally:
         running.down()
+        running.close()
         assert running.processes() == []
 
 
@@ -118,9 +119,7 @@ def test_a_service_killed_in_the_middle_of_an_upload_is_restarted_and_the_versio
 
 
 def test_a_killed_runner_is_restarted_and_no_request_fails(platform, cancer):
-    (runner,) = [
-        process for process in platform.processes() if "libs/runner" in " ".join(process.cmdline()) and "cancer" in str(process.cmdline())
-    ] or [process for process in platform.processes() if "libs/runner" in " ".join(process.cmdline())][:1]
+    (runner,) = platform.runners("cancer")
     runner.kill()
     for _ in range(20):
         answer = platform.http.post("/v1/models/cancer:predict", json={"instances": samples()[:1].tolist()})
@@ -143,7 +142,6 @@ def _truncated_zip() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
-        ("empty", b"", "empty"),
         ("zip", _truncated_zip(), "truncated"),
         ("text", b"this is not a model\n" * 10, "text"),
         ("socket", pickle.dumps(OpensASocket()), "socket"),
@@ -159,6 +157,11 @@ def test_a_file_that_is_no_model_is_rejected_with_a_clear_reason(platform, name,
     else:
         assert word in answer.json()["error"].lower()
     assert platform.is_ready()
+
+
+def test_an_empty_file_is_refused(platform):
+    answer = platform.http.post("/api/v1/artifacts", params={"filename": "m"}, content=b"")
+    assert (answer.status_code, answer.json()) == (400, {"error": "the artifact is empty"})
 
 
 def test_a_wrong_digest_is_refused_and_nothing_is_stored(platform):

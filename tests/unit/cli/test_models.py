@@ -124,7 +124,7 @@ def test_waiting_upload_of_a_rejected_version_fails_with_the_reason(store: FakeG
     lives(store, event("millrace.validator.version.rejected.v1", 1), end=version("rejected", reason="it is a text file"))
     outcome = run("models", "upload", file, "--name", "cancer", "--wait")
     assert outcome.exit_code == 1
-    assert outcome.err.splitlines()[-1] == "millrace: cancer@1 is rejected: it is a text file"
+    assert outcome.err.splitlines()[-1] == "millrace: cancer@1 was rejected: it is a text file"
     assert outcome.out == ""
 
 
@@ -217,3 +217,10 @@ def test_names_cannot_leave_their_place_in_the_path(gateway: FakeGateway, run: R
     outcome = run("models", "show", "../endpoints@1")
     assert outcome.exit_code == 1
     assert gateway.requests[0].path == "/api/v1/models/..%2Fendpoints/versions/1"
+
+
+def test_an_impossible_name_is_refused_before_the_file_is_sent(store: FakeGateway, run: Run, file: Path) -> None:
+    outcome = run("models", "upload", file, "--name", "a/b")
+    assert outcome.exit_code == 2
+    assert outcome.err.startswith("millrace: 'a/b' is not a name")
+    assert store.requests == []
