@@ -5,4 +5,4 @@ from benchmarks import artifact_store, messaging, platform, registry_rebuild
 registry_rebuild.main([])
 platform.main([])
 messaging.main([])
-artifact_store.main([])
+artifact_store.main()

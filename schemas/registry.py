@@ -11,6 +11,9 @@ from schemas.environment import EnvironmentLock
 from schemas.inference import Signature
 from schemas.validation import Finding, Measurements
 
+MAX_EXAMPLE_BYTES = 262_144
+"""The example, and the answer it got, travel inside events: 256 KiB each, as JSON."""
+
 MAX_SPEC_BYTES = 393_216
 """A version's spec travels inside events: 384 KiB of it and a lock of 512 KiB fit the broker's 1 MiB."""
 
