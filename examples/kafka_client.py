@@ -111,7 +111,14 @@ def stream(producer: Producer, endpoint: str, samples: list[list[float]]) -> Ite
 
 def listen(topic: str) -> Consumer:
     """A consumer of what is published from now on."""
-    consumer = Consumer({"bootstrap.servers": SERVERS, "group.id": f"example-{uuid.uuid4()}", "enable.auto.commit": False})
+    consumer = Consumer(
+        {
+            "bootstrap.servers": SERVERS,
+            "group.id": f"example-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "allow.auto.create.topics": True,  # the embedded broker makes a topic when it is first asked for
+        }
+    )
     partitions = [TopicPartition(topic, number) for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions]
     for partition in partitions:
         _, partition.offset = consumer.get_watermark_offsets(partition, timeout=10)

@@ -20,6 +20,9 @@ METADATA_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
 POLL_S = 0.2
 
+_QUIET: dict[str, str | int | float | bool] = {"log_level": 0}
+"""librdkafka writes to stderr by itself when the broker stops before the client does."""
+
 
 @dataclass(frozen=True)
 class Message:
@@ -48,7 +51,7 @@ class PlainKafka:
 
     def __init__(self, bootstrap_servers: str) -> None:
         self._servers = bootstrap_servers
-        self._producer = Producer({"bootstrap.servers": bootstrap_servers, "enable.idempotence": True, "linger.ms": 5})
+        self._producer = Producer({"bootstrap.servers": bootstrap_servers, "enable.idempotence": True, "linger.ms": 5, **_QUIET})
 
     def publish(self, topic: str, key: str, value: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         """Hand one record to the producer; ``flush`` sees it delivered."""
@@ -78,12 +81,13 @@ class Listener:
                 "group.id": f"millrace-demo-{uuid.uuid4()}",
                 "enable.auto.commit": False,
                 "isolation.level": "read_committed",
+                "allow.auto.create.topics": True,  # the embedded broker makes a topic when it is first asked for
+                **_QUIET,
             }
         )
         try:
             self._consumer.assign([self._end_of(partition) for partition in self._partitions()])
         except KafkaException as error:
-            self._consumer.close()
             raise CommandError(f"topic {topic} cannot be read from {bootstrap_servers}: {error.args[0].str()}") from error
 
     def __enter__(self) -> "Listener":

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Protocol
 
 from libs.cli.client import Client, EventStream, Json
-from libs.cli.errors import StageFailedError, WaitTimeoutError
+from libs.cli.errors import PlatformUnreachableError, RequestRefusedError, StageFailedError, WaitTimeoutError
 from libs.errors import MillraceError
 from schemas.environment import VersionBuildFailed, VersionBuilt
 from schemas.registry import DeploymentRequested, DeploymentStatus, VersionRegistered, VersionStatus
@@ -29,6 +30,10 @@ REFRESH_S = 1.0
 SETTLE_S = 0.05
 """The same, once the last event was seen and only the gateway's own view of it is outstanding."""
 
+GATEWAY_PATIENCE_S = 60.0
+"""How long a gateway may be gone while we wait: one that died is started again within seconds."""
+
+GATEWAY_RETRY_S = 0.2
 SUBSCRIBE_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 1.0
 
@@ -217,7 +222,20 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since:
         if event and told:
             stages.reach(told, _moment(event.get("time")))
             last_seen = told in _LAST_STAGES
-        view = story.view()
+        view = _patiently(story.view)
+
+
+def _patiently(look: Callable[[], Json]) -> Json:
+    """Look, and go on looking for a while when the gateway does not answer: it may be starting again."""
+    deadline = time.monotonic() + GATEWAY_PATIENCE_S
+    while True:
+        try:
+            return look()
+        except (PlatformUnreachableError, RequestRefusedError) as error:
+            refused = isinstance(error, RequestRefusedError) and error.status != HTTPStatus.SERVICE_UNAVAILABLE
+            if refused or time.monotonic() > deadline:
+                raise
+        time.sleep(GATEWAY_RETRY_S)
 
 
 class _Stages:

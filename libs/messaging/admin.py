@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
 
@@ -15,7 +16,8 @@ _TOPIC_ALREADY_EXISTS = 36
 async def create_topics(settings: KafkaSettings, topics: Sequence[Topic], replication_factor: int = 1) -> None:
     """Create the topics that do not exist, with the partitions and the retention of their row; the others stay as they are.
 
-    The embedded broker has no administration: there topics come into being when they are used.
+    The embedded broker has no administration: there a topic comes into being, with its default of 4 partitions, when a producer asks
+    for it; those that need one order are declared when it starts.
 
     Raises
     ------
@@ -24,8 +26,10 @@ async def create_topics(settings: KafkaSettings, topics: Sequence[Topic], replic
     TransientError
         When the broker cannot be reached.
     """
-    if settings.embedded or not topics:
+    if not topics:
         return
+    if settings.embedded:
+        return await _touch(settings, topics)
     client = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap_servers, request_timeout_ms=settings.request_timeout_ms)
     try:
         await client.start()
@@ -46,6 +50,18 @@ async def create_topics(settings: KafkaSettings, topics: Sequence[Topic], replic
             await client.close()
     except KafkaError as error:
         raise TransientError(f"the topics could not be created at {settings.bootstrap_servers}: {error!r}") from error
+
+
+async def _touch(settings: KafkaSettings, topics: Sequence[Topic]) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, request_timeout_ms=settings.request_timeout_ms)
+    try:
+        await producer.start()
+        for topic in topics:
+            await producer.partitions_for(topic.name)
+    except KafkaError as error:
+        raise TransientError(f"the topics could not be created at {settings.bootstrap_servers}: {error!r}") from error
+    finally:
+        await producer.stop()
 
 
 def _check(errors: Sequence[tuple[str, int, str]]) -> None:

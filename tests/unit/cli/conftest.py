@@ -47,3 +47,4 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask for the state at once when there are no events, instead of after a second."""
     monkeypatch.setattr("libs.cli.stages.REFRESH_S", 0.01)
+    monkeypatch.setattr("libs.cli.stages.GATEWAY_RETRY_S", 0.01)

@@ -120,6 +120,16 @@ def test_waiting_upload_learns_from_the_state_what_the_events_did_not_say(store:
     assert ["validated", "4.0", "s"] in [line.split() for line in outcome.err.splitlines()]
 
 
+@pytest.mark.usefixtures("impatient")
+def test_waiting_upload_survives_a_gateway_that_starts_again(store: FakeGateway, run: Run, file: Path) -> None:
+    away: Answer = (503, {"error": "the gateway is not ready"})
+    answers = iter([away, away])
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    store.on("GET", f"{VERSIONS}/1", lambda _: next(answers, (200, version("validated"))))
+    assert run("models", "upload", file, "--name", "cancer", "--wait").exit_code == 0
+    assert next(answers, None) is None
+
+
 def test_waiting_upload_of_a_rejected_version_fails_with_the_reason(store: FakeGateway, run: Run, file: Path) -> None:
     lives(store, event("millrace.validator.version.rejected.v1", 1), end=version("rejected", reason="it is a text file"))
     outcome = run("models", "upload", file, "--name", "cancer", "--wait")

@@ -1,5 +1,6 @@
 """The demo's Kafka client against librdkafka's own in-memory broker, which lives in this process."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -16,8 +17,6 @@ TOPIC = "results"
 
 @pytest.fixture
 def servers() -> Iterator[str]:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -40,6 +39,14 @@ def test_a_listener_reads_what_is_published_after_it_was_made_from_every_partiti
             if len(seen) == 20:
                 break
     assert seen == {f"key-{number}": (number, str(number)) for number in range(20)}
+
+
+def test_a_topic_that_the_embedded_broker_has_not_seen_yet_can_be_listened_to(servers: str) -> None:
+    kafka = PlainKafka(servers)
+    with kafka.listen("never-seen") as listener:
+        kafka.publish("never-seen", "k", {"n": 1}, {})
+        kafka.flush()
+        assert next(listener.read(5)).value == {"n": 1}
 
 
 def test_reading_ends_when_its_time_is_over(servers: str) -> None:
