@@ -4,6 +4,7 @@ Read ``tell`` first: it is the story. Each step below it does one thing with a c
 """
 
 import json
+import signal
 import tempfile
 import time
 import uuid
@@ -76,11 +77,14 @@ class Trained:
 def run(settings: LocalSettings, *, keep: bool) -> None:
     """Start the platform if it does not run, tell the story, and stop the platform again unless it is to be kept.
 
+    SIGTERM is taken as Ctrl-C: what was started is stopped.
+
     Raises
     ------
     MillraceError
         When a step did not hold; the message says which and why.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     with running_platform(settings, keep=keep) as status:
         cli = CliSettings(home=settings.home).model_copy(update={"url": status.gateway})
@@ -91,7 +95,7 @@ def run(settings: LocalSettings, *, keep: bool) -> None:
         finally:
             send_spans(provider)
         output.say(f"\nEvery step held, in {output.duration(time.monotonic() - began)}.")
-        say_what_next(status, keep=keep)
+        say_what_next(settings, status, keep=keep)
 
 
 def tell(client: Client, settings: CliSettings, status: platform.PlatformStatus) -> None:
@@ -275,16 +279,21 @@ def show_trace(client: Client, settings: CliSettings, status: platform.PlatformS
         say(line)
 
 
-def say_what_next(status: platform.PlatformStatus, *, keep: bool) -> None:
+def say_what_next(settings: LocalSettings, status: platform.PlatformStatus, *, keep: bool) -> None:
     """Where to go from here."""
     output.say("\nTry next:")
+    if settings.home != LocalSettings.model_fields["home"].default:
+        output.say(f"  export MILLRACE_HOME={status.home}")
     if not keep:
-        output.say("  millrace up                               the platform again (with Kafka, the model is still there)")
-    output.say(f"  millrace models show {MODEL}@1               what is known of the version")
-    output.say("  millrace events tail                      every step is an event")
-    output.say(f"  millrace endpoints deploy {ENDPOINT} --model {MODEL}@2 --traffic 10 --wait")
-    output.say(f"  {status.gateway}/docs               the management API")
-    output.say("  examples/quickstart.md                    the same with curl and a Kafka client")
+        output.say(f"  {'millrace up':<72} the platform again (with Kafka, the model is still there)")
+    for command, meaning in (
+        (f"millrace models show {MODEL}@1", "what is known of the version"),
+        ("millrace events tail", "every step is an event"),
+        (f"millrace endpoints deploy {ENDPOINT} --model {MODEL}@2 --traffic 10 --wait", "a tenth of the traffic for the second version"),
+        (f"{status.gateway}/docs", "the management API"),
+        ("examples/quickstart.md", "the same with curl and a Kafka client"),
+    ):
+        output.say(f"  {command:<72} {meaning}")
 
 
 # How the steps do it
@@ -300,9 +309,9 @@ def running_platform(settings: LocalSettings, *, keep: bool) -> Iterator[platfor
         yield status
         return
     title("Start the platform")
+    progress = Progress()
+    status = platform.up_detached(settings, progress)
     try:
-        progress = Progress()
-        status = platform.up_detached(settings, progress)
         progress.all_ready(status, f"its state is in {status.home}")
         say_if_embedded(status)
         yield status

@@ -75,9 +75,14 @@ class RunnerClient:
         document: dict[str, Any] = orjson.loads(frame.head)
         return document
 
-    async def ping(self, *, timeout_s: float | None = 5.0) -> None:
-        """Return when the runner answers; it does so also while its model is busy."""
-        await self._request({"op": "ping"}, timeout_s=timeout_s)
+    async def ping(self, *, timeout_s: float | None = 5.0) -> float:
+        """Return when the runner answers, which it does also while its model is busy.
+
+        The value is for how many seconds the model has been busy with one request; 0 when it is idle or the runner does not say.
+        """
+        frame = await self._request({"op": "ping"}, timeout_s=timeout_s)
+        busy_s = frame.meta.get("busy_s")
+        return float(busy_s) if isinstance(busy_s, int | float) else 0.0
 
     async def stop(self, *, timeout_s: float | None = 5.0) -> None:
         """Ask the runner to finish what it was asked and end."""
@@ -88,6 +93,12 @@ class RunnerClient:
         self._closed = True
         if self._connection is not None:
             await self._connection.close()
+
+    def retire(self) -> None:
+        """Close the connection once nobody waits for an answer any more; for a client that gets no new requests."""
+        self._closed = True
+        if self._connection is not None:
+            self._connection.retire()
 
     async def _request(
         self, meta: Mapping[str, Any], head: bytes = b"", tail: Sequence[Buffer] = (), timeout_s: float | None = None
@@ -114,6 +125,8 @@ class RunnerClient:
                 connection.abort()
                 raise
             self._connection = connection
+            if self._closed:
+                connection.retire()
             return connection
 
     async def _open(self) -> "_Connection":
@@ -137,6 +150,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.lost = False
+        self._retired = False
         self._reader = FrameReader()
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
@@ -198,6 +212,8 @@ class _Connection(asyncio.Protocol):
             frame = await future
         finally:
             self._waiting.pop(request_id, None)
+            if self._retired:
+                self.retire()
         if frame.meta.get("ok") is not True:
             raise _as_error(frame)
         return frame
@@ -205,6 +221,12 @@ class _Connection(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def retire(self) -> None:
+        self._retired = True
+        if not self._waiting and self._transport is not None:
+            self._reason = "the client of the runner is closed"
+            self._transport.close()
 
     async def close(self) -> None:
         if self._transport is not None:

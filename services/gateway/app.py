@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from libs import artifacts
 from libs.artifacts import ArtifactStore
+from libs.inference.pool import RunnerPool
+from libs.inference.spans import RunnerSpans, runner_spans
 from libs.lifecycle import Component
 from libs.messaging import cloudevents
 from libs.messaging.broker import Broker
@@ -24,7 +26,6 @@ from services.gateway.predict import PredictDoors
 from services.gateway.runners import Runners
 from services.gateway.server import HttpServer
 from services.gateway.settings import Settings
-from services.gateway.spans import RunnerSpans, runner_spans
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def build(
     store = store or artifacts.from_settings(settings.artifacts)
     catalog, journal, health = Catalog(), Journal(), Health()
     commander = Commander(broker, catalog, journal, clock, settings.broker_timeout_s)
-    runners = Runners(catalog, spans or runner_spans(settings.telemetry), settings.runner.key_file, settings.replica_wait_ms / 1000)
+    pool = RunnerPool(settings.runner.key_file, spans or runner_spans(settings.telemetry))
+    runners = Runners(catalog, pool, settings.replica_wait_ms / 1000)
     doors = PredictDoors(catalog, runners, health, settings.predict_timeout_ms, settings.predict_max_bytes)
     management = Management(catalog, journal, commander, store, health, settings.command_wait_s, settings.artifacts.max_bytes)
     app = Front(

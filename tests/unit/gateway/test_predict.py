@@ -219,7 +219,7 @@ async def test_metadata_and_readiness_in_both_protocols(world):
 async def test_the_runners_span_is_exported_as_the_child_of_the_request(tmp_path, make, exported):
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-    from services.gateway.spans import RunnerSpans
+    from libs.inference.spans import RunnerSpans
 
     async with make(tmp_path, spans=RunnerSpans(SimpleSpanProcessor(exported))) as world:
         await world.deployed(0.0)
@@ -237,7 +237,7 @@ async def test_the_runners_span_is_exported_as_the_child_of_the_request(tmp_path
 
 
 def test_a_runner_span_goes_nowhere_without_a_collector(tmp_path):
-    from services.gateway.spans import runner_spans
+    from libs.inference.spans import runner_spans
     from tests.unit.gateway.conftest import make_settings
 
     runner_spans(make_settings(tmp_path).telemetry).export(Span("aa", 1, 2), None, None, "r")  # type: ignore[arg-type]
