@@ -1,5 +1,6 @@
 """The gateway's HTTP API as one method per operation."""
 
+import copy
 import hashlib
 import json
 import socket
@@ -87,7 +88,6 @@ class Client:
             base_url=url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            event_hooks={"request": [self._join_trace]},
             transport=transport,
             trust_env=False,
         )
@@ -97,6 +97,12 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
+
+    def unobserved(self) -> "Client":
+        """The same connection, for looking again and again: what it asks is left out of the trace."""
+        other = copy.copy(self)
+        other._traceparent = lambda: _unsampled(self._traceparent())
+        return other
 
     # Models
 
@@ -179,7 +185,7 @@ class Client:
         """Ask an endpoint: a body with ``inputs`` goes to the V2 door, any other to V1 ``:predict``."""
         path = f"/v2/models/{segment(endpoint)}/infer" if _is_v2(request) else f"/v1/models/{segment(endpoint)}:predict"
         with self._translated():
-            response = self._http.post(path, content=request, headers={"content-type": "application/json"})
+            response = self._http.post(path, content=request, headers={"content-type": "application/json", **self._trace_headers()})
         _check(response)
         return Answer(response.text, response.headers.get("x-request-id"), response.headers.get("x-millrace-model-version"))
 
@@ -199,7 +205,7 @@ class Client:
         """Events from now on, each a structured CloudEvent, until the connection ends; subscribed when the block begins."""
         timeout = httpx.Timeout(EVENT_SILENCE_S, connect=CONNECT_TIMEOUT_S)
         params = {**_given(filters), "follow": "true"}
-        headers = {"accept": "text/event-stream"}
+        headers = {"accept": "text/event-stream", **self._trace_headers()}
         with (
             self._translated(),
             self._http.stream("GET", "/api/v1/events", params=params, headers=headers, timeout=timeout) as response,
@@ -250,16 +256,15 @@ class Client:
             f"see {self.url}/api/v1/operations/{operation_id}"
         )
 
-    def _answer(self, method: str, path: str, **arguments: Any) -> tuple[int, Json]:
+    def _answer(self, method: str, path: str, headers: Mapping[str, str] | None = None, **arguments: Any) -> tuple[int, Json]:
         with self._translated():
-            response = self._http.request(method, path, **arguments)
+            response = self._http.request(method, path, headers={**self._trace_headers(), **(headers or {})}, **arguments)
         _check(response)
         return response.status_code, _object(response) if response.content else {}
 
-    def _join_trace(self, request: httpx.Request) -> None:
+    def _trace_headers(self) -> dict[str, str]:
         traceparent = self._traceparent()
-        if traceparent:
-            request.headers["traceparent"] = traceparent
+        return {"traceparent": traceparent} if traceparent else {}
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -317,6 +322,11 @@ def _counted(chunks: Iterable[bytes], on_bytes: OnBytes) -> Iterator[bytes]:
 
 def _given(filters: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in filters.items() if value is not None}
+
+
+def _unsampled(traceparent: str | None) -> str | None:
+    """W3C Trace Context, section 3.2.2.5: the last flag says whether the caller records."""
+    return f"{traceparent[:-2]}00" if traceparent else None
 
 
 def _forced(force: bool) -> dict[str, str]:

@@ -119,6 +119,7 @@ def deploy(
 def deploy_version(session: Session, endpoint: str, body: "Json", *, wait: bool, report: "Report" = output.stage) -> "Json":
     """Deploy, and if asked wait until the deployment is ready and has its traffic; the deployment's view."""
     from libs.cli.stages import DEPLOYMENT_TIMEOUT_S, DeploymentStory, EventFeed, follow
+    from schemas.registry import DeploymentStatus
 
     if not wait:
         return session.client.deploy(endpoint, body)
@@ -126,7 +127,8 @@ def deploy_version(session: Session, endpoint: str, body: "Json", *, wait: bool,
         since = datetime.now(UTC)
         view = session.client.deploy(endpoint, body)
         story = DeploymentStory(session.client, endpoint, view["deployment_id"], int(view.get("generation") or 1))
-        return follow(story, feed, report, view, since=since, timeout_s=DEPLOYMENT_TIMEOUT_S)
+        is_new = view.get("status", DeploymentStatus.PENDING) == DeploymentStatus.PENDING
+        return follow(story, feed, report, view, is_new=is_new, since=since, timeout_s=DEPLOYMENT_TIMEOUT_S)
 
 
 @app.command()

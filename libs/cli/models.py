@@ -75,7 +75,7 @@ def upload_version(
     with EventFeed(client, name) as feed:
         view, is_new = client.register_version(name, {"artifact": artifact, **body})
         story = VersionStory(client, name, int(view["version"]))
-        return follow(story, feed, report, view, since=since if is_new else _long_ago(view), timeout_s=VERSION_TIMEOUT_S), is_new
+        return follow(story, feed, report, view, is_new=is_new, since=since, timeout_s=VERSION_TIMEOUT_S), is_new
 
 
 @app.command("list")
@@ -164,10 +164,6 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{path} cannot be read: {error}") from error
-
-
-def _long_ago(view: "Json") -> datetime:
-    return datetime.fromisoformat(str(view.get("created_at") or datetime.now(UTC).isoformat()))
 
 
 def _show_model(model: "Json", versions: "list[Json]") -> None:

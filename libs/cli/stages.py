@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -24,7 +24,7 @@ VERSION_TIMEOUT_S = 900.0
 """Longest wait for a version: the builder may have to download a few gigabytes of packages."""
 
 DEPLOYMENT_TIMEOUT_S = 300.0
-REFRESH_S = 1.0
+REFRESH_S = 2.0
 """How long the event stream may be silent before the state is asked for, in case an event was missed."""
 
 SETTLE_S = 0.05
@@ -88,7 +88,7 @@ class VersionStory:
 
     def __init__(self, client: Client, model: str, version: int) -> None:
         self.name = f"{model}@{version}"
-        self._client = client
+        self._client = client.unobserved()
         self._model = model
         self._version = version
 
@@ -116,7 +116,7 @@ class DeploymentStory:
 
     def __init__(self, client: Client, endpoint: str, deployment_id: str, generation: int) -> None:
         self.name = deployment_id
-        self._client = client
+        self._client = client.unobserved()
         self._endpoint = endpoint
         self._generation = generation
 
@@ -153,7 +153,7 @@ class EventFeed:
     """
 
     def __init__(self, client: Client, entity: str) -> None:
-        self._client = client
+        self._client = client.unobserved()
         self._entity = entity
         self._events: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._subscribed = threading.Event()
@@ -186,13 +186,15 @@ class EventFeed:
         self._subscribed.set()
 
 
-def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since: datetime, timeout_s: float) -> Json:
+def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, is_new: bool, since: datetime, timeout_s: float) -> Json:
     """Report each stage as its event arrives until the story has ended; the last view of it.
 
     Parameters
     ----------
     first
         The view to begin with: what the command was answered. If that is the end already, there is nothing to report.
+    is_new
+        The command made it; otherwise what it had reached before is not reported again.
     since
         When the command was given; the time of the first stage is counted from here.
 
@@ -206,7 +208,7 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, since:
     if story.ended(first):
         return first
     deadline = time.monotonic() + timeout_s
-    stages = _Stages(report, since)
+    stages = _Stages(report, since, () if is_new else story.reached(first))
     view = first
     last_seen = False
     while True:
@@ -241,10 +243,10 @@ def _patiently(look: Callable[[], Json]) -> Json:
 class _Stages:
     """Says each stage once, with the time since the one before."""
 
-    def __init__(self, report: Report, since: datetime) -> None:
+    def __init__(self, report: Report, since: datetime, known: Iterable[str]) -> None:
         self._report = report
         self._previous = since
-        self._said: set[str] = set()
+        self._said = set(known)
 
     def reach(self, stage: str, moment: datetime) -> None:
         if stage in self._said:

@@ -44,8 +44,7 @@ def trace(
     """Show a trace as a tree (needs Jaeger)."""
     with open_session("trace") as session:
         jaeger = Jaeger(session.settings.jaeger_url)
-        trace_id = find_trace_id(session, jaeger, identity)
-        spans = jaeger.spans(trace_id)
+        trace_id, spans = find_trace(session, jaeger, identity)
     if as_json:
         output.show_json({"trace_id": trace_id, "spans": [vars(span) for span in spans]})
         return
@@ -105,18 +104,20 @@ class Jaeger:
             ) from error
 
 
-def find_trace_id(session: Session, jaeger: Jaeger, identity: str) -> str:
-    """The trace that an id belongs to: the id itself, or through the events it led to, or through a span that carries it."""
+def find_trace(session: Session, jaeger: Jaeger, identity: str) -> tuple[str, list[Span]]:
+    """The trace that an id belongs to: as its own id, through the events it led to, or through a span that carries it."""
     if TRACE_ID.fullmatch(identity.lower()):
-        return identity.lower()
+        spans = jaeger.spans_so_far(identity.lower())
+        if spans:
+            return identity.lower(), spans
     known = _trace_of_events(session, identity)
     if known:
-        return known
+        return known, jaeger.spans(known)
     for tag in ID_TAGS:
         found = jaeger.search(tag, identity)
         if found:
-            return found
-    raise CommandError(f"{identity!r} is neither a trace id nor an id that an event or a span carries")
+            return found, jaeger.spans(found)
+    raise CommandError(f"nothing is known of {identity!r}, neither as a trace nor as an id in one; spans take a few seconds to arrive")
 
 
 def _trace_of_events(session: Session, correlation_id: str) -> str | None:

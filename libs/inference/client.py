@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
 from libs.inference.requests import InferResponse, Span
 from libs.inference.tensors import Array
 from libs.runner.wire import Buffer, Frame, FrameReader, WireError, decode_tensors, encode_frame, encode_tensors
+
+_SPAN_ID = re.compile("[0-9a-f]{16}")
 
 
 class RunnerClient:
@@ -243,8 +246,17 @@ def _response(frame: Frame) -> InferResponse:
         outputs = decode_tensors(document["outputs"], frame.tail)
     except (WireError, orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise ModelError(f"the runner's answer cannot be read: {error}") from error
-    span = frame.meta.get("span")
-    return InferResponse(outputs, Span(**span) if isinstance(span, dict) else None)
+    return InferResponse(outputs, _span(frame.meta.get("span")))
+
+
+def _span(span: Any) -> Span | None:
+    """The runner's span; None when there is none or it makes no sense: the model's code could have made it."""
+    match span:
+        case {"span_id": str(span_id), "start_ns": int(start_ns), "end_ns": int(end_ns)}:
+            makes_sense = _SPAN_ID.fullmatch(span_id) is not None and 0 < start_ns <= end_ns < 2**63
+            return Span(span_id, start_ns, end_ns) if makes_sense else None
+        case _:
+            return None
 
 
 def _message(frame: Frame) -> str:

@@ -19,7 +19,7 @@ class BrokerChoice(StrEnum):
 class LocalSettings(BaseSettings):
     """What ``millrace up`` needs to know; read from the environment, overridden by the command line."""
 
-    model_config = SettingsConfigDict(frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True, populate_by_name=True)
 
     home: Path = Field(
         Path(".millrace"), validation_alias=AliasChoices("MILLRACE_HOME"), description="Directory that holds the state of the platform."

@@ -96,7 +96,7 @@ class Backoff:
     """Seconds between restarts: doubling from ``first_s`` to ``longest_s``, anew after ``stable_s`` of life."""
 
     first_s: float = 0.5
-    longest_s: float = 30.0
+    longest_s: float = 5.0
     stable_s: float = 60.0
 
     def delay_s(self, failures: int) -> float:

@@ -36,6 +36,7 @@ def create_api(management: Management) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False},  # the front has the server span
     )
     _translate_errors(api)
     _add_models(api, management)

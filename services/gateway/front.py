@@ -80,7 +80,7 @@ class Front:
                 _span_name(scope, found.route),
                 telemetry.extract(headers.get(b"traceparent", b"").decode("latin-1")),
                 SpanKind.SERVER,
-                _span_attributes(scope, headers, found.route),
+                {**_span_attributes(scope, headers, found.route), "millrace.request_id": request_id},
             ) as span,
         ):
             error = await self._answer(scope, headers, found, exchange)

@@ -5,22 +5,26 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from libs.errors import InvalidMessage
 from libs.messaging import cloudevents
 from libs.messaging.cloudevents import Clock, Event
 from libs.messaging.processing import Handler
-from libs.messaging.records import Record
+from libs.messaging.records import MAX_RECORD_BYTES, Record
 from schemas import registry as contract
 from schemas.base import Command, Payload
 from schemas.environment import VersionBuildFailed, VersionBuilt
 from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
 from schemas.validation import VersionInspected, VersionRejected, VersionValidated
 from services.registry import endpoints, versions
-from services.registry.errors import RefusedError
+from services.registry.errors import RefusedError, invalid
 from services.registry.state import Change, Context, Decision, Deletion, State
 
 log = logging.getLogger(__name__)
 
 Rule = Callable[[State, Any, Context], Decision]
+
+MAX_SNAPSHOT_BYTES = MAX_RECORD_BYTES - 16_384
+"""Largest snapshot of an entity, in bytes of JSON; the rest of a record is for its key and headers."""
 
 COMMAND_RULES: Mapping[type[Payload], Rule] = {
     contract.RegisterVersion: versions.register,
@@ -81,17 +85,34 @@ class Handlers:
         data = event.data
         context = Context(self._clock(), event.correlation_id, event.traceparent)
         if not isinstance(data, Command):
-            return self._folded(OUTCOME_RULES[type(data)](self._state, data, context))
+            return self._folded(self._bounded(OUTCOME_RULES[type(data)](self._state, data, context)))
         if event.id in self._handled:
             log.info("command %s was answered before; not repeated", event.id)
             return ()
         self._handled.add(event.id)
         try:
-            decision = COMMAND_RULES[type(data)](self._state, data, context)
+            decision = self._commanded(data, context)
         except RefusedError as error:
             refusal = contract.CommandRefused(command_type=event.type, command_entity=data.entity, kind=error.kind, reason=error.message)
             decision = Decision((refusal,))
         return self._folded(decision)
+
+    def _commanded(self, command: Command, context: Context) -> Decision:
+        decision = COMMAND_RULES[type(command)](self._state, command, context)
+        try:
+            return self._bounded(decision)
+        except InvalidMessage as error:
+            raise invalid(error.message) from error
+
+    def _bounded(self, decision: Decision) -> Decision:
+        """The decision; raises ``InvalidMessage`` when the log could not take it, before anything of it is folded in."""
+        for change in decision.changes:
+            if isinstance(change, Deletion):
+                continue
+            size_bytes = len(change.model_dump_json().encode())
+            if size_bytes > MAX_SNAPSHOT_BYTES:
+                raise InvalidMessage(f"{change.entity!r} would take {size_bytes} bytes; its state may take {MAX_SNAPSHOT_BYTES}")
+        return decision
 
     def _folded(self, decision: Decision) -> Sequence[Payload | Record]:
         final: dict[tuple[str, str], Change] = {}

@@ -11,7 +11,7 @@ from libs.messaging.records import Record
 from schemas.registry import DeploymentSnapshot, EndpointSnapshot, ModelSnapshot, VersionSnapshot
 from schemas.topics import EVENTS, STATE
 from services.registry.handlers import HandledCommands
-from services.registry.state import Deletion, Snapshot, State
+from services.registry.state import Change, Deletion, Snapshot, State
 
 log = logging.getLogger(__name__)
 
@@ -57,20 +57,25 @@ async def restore(broker: Broker, state: State, handled: HandledCommands) -> Non
 
 
 def fold(state: State, record: Record) -> None:
-    """Fold one record of a state topic in.
+    """Fold one record of a state topic in; one that the registry cannot have written is logged and passed over.
 
-    Raises
-    ------
-    InvalidMessage
-        When a snapshot cannot be read: only the registry writes here, so the state cannot be trusted any more.
+    Whoever can reach the broker can write here, and a compacted topic never forgets: one stray record must not keep the registry from
+    starting.
     """
+    try:
+        change = _change(record)
+    except InvalidMessage as error:
+        log.error("passed over %s offset %d: %s", record.topic, record.offset, error)
+    else:
+        state.apply([change])
+
+
+def _change(record: Record) -> Change:
     snapshot_type = _SNAPSHOT_TYPES[record.topic]
-    if record.key is None:
-        raise InvalidMessage(f"{record.topic} offset {record.offset} has no key")
+    entity = (record.key or b"").decode("utf-8", "replace")
     if record.value is None:
-        state.apply([Deletion(snapshot_type, record.key.decode())])
-        return
-    event = cloudevents.read(record)
-    if not isinstance(event.data, snapshot_type):
-        raise InvalidMessage(f"{record.topic} offset {record.offset} holds a {event.type}")
-    state.apply([event.data])
+        return Deletion(snapshot_type, entity)
+    data = cloudevents.read(record).data
+    if not isinstance(data, snapshot_type) or data.entity != entity:
+        raise InvalidMessage(f"under the key {entity[:200]!r} stands {type(data).__name__} {data.entity!r}")
+    return data

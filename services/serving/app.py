@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from libs.inference.pool import RunnerPool
+from libs.inference.spans import RunnerSpans, runner_spans
 from libs.lifecycle import Component
 from libs.messaging import cloudevents
 from libs.messaging.admin import create_topics
@@ -13,11 +15,17 @@ from schemas.topics import STATE_DEPLOYMENTS, STATE_ENDPOINTS, Topic
 from services.serving.controller import Cluster, Controller
 from services.serving.settings import Settings
 from services.serving.state import State
-from services.serving.streaming import Runners, StreamLimits, Streams
+from services.serving.streaming import CreateTopics, StreamParts, Streams
 
 
 def build(
-    settings: Settings, *, broker: Broker | None = None, cluster: Cluster | None = None, clock: Clock = cloudevents.utc_now
+    settings: Settings,
+    *,
+    broker: Broker | None = None,
+    cluster: Cluster | None = None,
+    topics: CreateTopics | None = None,
+    spans: RunnerSpans | None = None,
+    clock: Clock = cloudevents.utc_now,
 ) -> Sequence[Component]:
     """The components of serving, in the order they start."""
     log = broker or KafkaBroker(settings.kafka)
@@ -27,8 +35,7 @@ def build(
         cluster or _ray(settings),
         log,
         settings.places,
-        threads=settings.threads,
-        memory_bytes=settings.memory_limit_bytes,
+        settings.limits,
         poll_settled_s=settings.poll_settled_s,
         poll_unsettled_s=settings.poll_unsettled_s,
         clock=clock,
@@ -37,8 +44,8 @@ def build(
     async def create(topics: Sequence[Topic]) -> None:
         await create_topics(settings.kafka, topics)
 
-    limits = StreamLimits(settings.stream_batch_records, settings.stream_timeout_s)
-    streams = Streams(state, log, Runners(settings.runner.key_file), create, limits, clock)
+    pool = RunnerPool(settings.runner.key_file, spans or runner_spans(settings.telemetry))
+    streams = Streams(StreamParts(state, log, pool, topics or create, settings.stream_limits, clock=clock))
     return [Follower(log, [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply), controller, streams]
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Span, SpanKind
 
 from libs import telemetry
+from libs.errors import TransientError
 from libs.messaging import cloudevents
 from libs.messaging.broker import Broker
 from libs.messaging.cloudevents import Clock
@@ -28,8 +30,8 @@ from services.serving.reconcile import (
     Scale,
     plan,
 )
-from services.serving.spec import Places, ReplicaSpec, replica_spec
-from services.serving.state import State
+from services.serving.spec import Limits, Places, ReplicaSpec, replica_spec
+from services.serving.state import State, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +67,8 @@ class Controller:
         cluster: Cluster,
         broker: Broker,
         places: Places,
+        limits: Limits,
         *,
-        threads: int,
-        memory_bytes: int | None,
         poll_settled_s: float,
         poll_unsettled_s: float,
         clock: Clock = cloudevents.utc_now,
@@ -76,12 +77,11 @@ class Controller:
         self._cluster = cluster
         self._producer = broker.producer()
         self._places = places
-        self._threads = threads
-        self._memory_bytes = memory_bytes
+        self._limits = limits
         self._poll_settled_s = poll_settled_s
         self._poll_unsettled_s = poll_unsettled_s
         self._clock = clock
-        self._reported: dict[str, Fact] = {}
+        self._reported: dict[str, tuple[Wanted, Fact]] = {}
         self._stopping = asyncio.Event()
         self._retry = Retry(longest_s=5.0)
         self._loop = Loop("serving", self._step, self._stopping)
@@ -104,58 +104,65 @@ class Controller:
         await self._wait(self._poll_unsettled_s if unsettled else self._poll_settled_s)
 
     async def reconcile(self) -> bool:
-        """Do what is due once; returns whether something is still on its way."""
-        desired = self._desired()
-        actual = await self._cluster.status()
-        actions = plan(desired, actual, self._reported)
-        for action in actions:
-            await self._carry_out(action)
-        self._reported = {name: fact for name, fact in self._reported.items() if name in desired}
-        pending = any(wanted.snapshot.status in (DeploymentStatus.PENDING, DeploymentStatus.REMOVING) for wanted in desired.values())
-        return bool(actions) or pending or any(app.status in (AppStatus.STARTING, AppStatus.DELETING) for app in actual.values())
+        """Do what is due once; returns whether something is still on its way.
 
-    def _desired(self) -> dict[str, DesiredDeployment]:
-        return {
-            name: DesiredDeployment(wanted.snapshot, self._spec(wanted.snapshot).digest) for name, wanted in self._state.deployments.items()
-        }
+        A deployment that Ray refuses holds no other one up.
+
+        Raises
+        ------
+        TransientError
+            Ray or the broker did not do something of it; all the rest has been done.
+        """
+        wanted = dict(self._state.deployments)
+        desired = {name: DesiredDeployment(each.snapshot, self._spec(each.snapshot).digest) for name, each in wanted.items()}
+        actual = await self._cluster.status()
+        known = {name: app for name, app in actual.items() if name in wanted or name not in self._state.unreadable}
+        # A fact is repeated when the log has moved on and still does not reflect it.
+        self._reported = {name: said for name, said in self._reported.items() if said[0] is wanted.get(name)}
+        actions = plan(desired, known, {name: fact for name, (_, fact) in self._reported.items()})
+        failures = [failure for action in actions if (failure := await self._attempt(action, wanted)) is not None]
+        if failures:
+            raise failures[0]
+        pending = any(each.snapshot.status in (DeploymentStatus.PENDING, DeploymentStatus.REMOVING) for each in wanted.values())
+        return bool(actions) or pending or any(app.status in (AppStatus.STARTING, AppStatus.DELETING) for app in known.values())
 
     def _spec(self, snapshot: DeploymentSnapshot) -> ReplicaSpec:
-        return replica_spec(snapshot, self._places, threads=self._threads, memory_bytes=self._memory_bytes)
+        return replica_spec(snapshot, self._places, self._limits)
 
-    async def _carry_out(self, action: Action) -> None:
+    async def _attempt(self, action: Action, wanted: Mapping[str, Wanted]) -> TransientError | None:
+        """Carry out an action; what failed for a reason that passes is returned."""
+        try:
+            await self._carry_out(action, wanted)
+        except TransientError as error:
+            return error
+        return None
+
+    async def _carry_out(self, action: Action, wanted: Mapping[str, Wanted]) -> None:
         match action:
             case Apply(snapshot):
                 log.info("apply %s generation %d", snapshot.deployment_id, snapshot.generation)
-                with self._span("apply", snapshot.deployment_id):
+                with _span("apply", snapshot.deployment_id, wanted):
                     await self._cluster.apply(self._spec(snapshot), snapshot.generation, snapshot.min_replicas)
             case Scale(deployment_id, generation, replicas):
                 log.info("scale %s to %d", deployment_id, replicas)
-                with self._span("scale", deployment_id):
+                with _span("scale", deployment_id, wanted):
                     await self._cluster.scale(deployment_id, generation, replicas)
             case Delete(deployment_id):
                 log.info("delete %s", deployment_id)
-                with self._span("delete", deployment_id):
+                with _span("delete", deployment_id, wanted):
                     await self._cluster.delete(deployment_id)
-            case Report(fact):
-                await self._report(fact)
+            case Report(deployment_id, fact):
+                await self._report(deployment_id, fact, wanted)
 
-    def _span(self, verb: str, deployment_id: str):  # type: ignore[no-untyped-def]  # a context manager of the tracer
-        wanted = self._state.deployments.get(deployment_id)
-        context = telemetry.extract(wanted.snapshot.traceparent) if wanted else None
-        return telemetry.tracer().start_as_current_span(
-            f"{verb} deployment", context, SpanKind.INTERNAL, {"millrace.deployment": deployment_id}
-        )
-
-    async def _report(self, fact: Fact) -> None:
-        deployment_id: str = getattr(fact, "deployment_id")  # noqa: B009 - all of serving's facts have it
-        wanted = self._state.deployments[deployment_id]
-        with self._span("report", deployment_id), publish_span(fact):
+    async def _report(self, deployment_id: str, fact: Fact, wanted: Mapping[str, Wanted]) -> None:
+        cause = wanted[deployment_id].event
+        with _span("report", deployment_id, wanted), publish_span(fact):
             # Its own id, not one derived from the snapshot: replicas may change several times between two snapshots.
             event = cloudevents.new_event(fact, SOURCE, now=self._clock())
-            event = replace(event, correlation_id=wanted.event.correlation_id, causation_id=wanted.event.id)
+            event = replace(event, correlation_id=cause.correlation_id, causation_id=cause.id)
             await self._producer.send([cloudevents.write(event)])
         log.info("reported %s", event.type, extra={"fields": {"entity": deployment_id}})
-        self._reported[deployment_id] = fact
+        self._reported[deployment_id] = (wanted[deployment_id], fact)
 
     async def _wait(self, timeout_s: float) -> None:
         changed = asyncio.create_task(self._state.deployments_changed.wait())
@@ -163,3 +170,11 @@ class Controller:
         await asyncio.wait({changed, stopped}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         changed.cancel()
         stopped.cancel()
+
+
+def _span(verb: str, deployment_id: str, wanted: Mapping[str, Wanted]) -> AbstractContextManager[Span]:
+    """A span in the trace of the command that asked for the deployment."""
+    each = wanted.get(deployment_id)
+    context = telemetry.extract(each.snapshot.traceparent) if each else None
+    attributes = {"millrace.deployment": deployment_id}
+    return telemetry.tracer().start_as_current_span(f"{verb} deployment", context, SpanKind.INTERNAL, attributes)

@@ -27,7 +27,7 @@ class Runner(Protocol):
     def address(self) -> str: ...
 
     async def ping(self) -> None:
-        """Return when it answers; raises ``MillraceError`` when it does not."""
+        """Return when it answers; raises ``MillraceError`` when it does not, or when its model hangs."""
         ...
 
     async def wait_exit(self) -> Exit: ...
@@ -100,7 +100,7 @@ class RunnerKeeper:
         self._watcher = asyncio.create_task(self._watch(self._runner))
 
     async def check(self) -> None:
-        """Return when the replica is healthy; a runner that does not answer is killed, so that the watcher starts another.
+        """Return when the replica is healthy; a runner that does not answer or hangs is killed, so that the watcher starts another.
 
         Raises
         ------
@@ -120,7 +120,7 @@ class RunnerKeeper:
             if runner is not self._runner:
                 return
             runner.kill()
-            raise ReplicaUnhealthyError(f"the runner at {runner.address} does not answer: {error.message}") from error
+            raise ReplicaUnhealthyError(f"the runner at {runner.address} is killed: {error.message}") from error
 
     async def stop(self) -> None:
         """Say that nobody answers here any more, then end the runner."""

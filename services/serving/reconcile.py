@@ -74,6 +74,7 @@ class Delete:
 class Report:
     """Tell the log."""
 
+    deployment_id: str
     fact: Fact
 
 
@@ -122,13 +123,14 @@ def _action(wanted: DesiredDeployment, actual: ActualDeployment | None) -> Actio
     if is_newer or actual.target_replicas != snapshot.min_replicas:
         return Scale(snapshot.deployment_id, snapshot.generation, snapshot.min_replicas)
     fact = _due_fact(snapshot, actual)
-    return None if fact is None else Report(fact)
+    return None if fact is None else Report(snapshot.deployment_id, fact)
 
 
 def _removal(snapshot: DeploymentSnapshot, actual: ActualDeployment | None) -> Action | None:
     if actual is None:
         return Report(
-            DeploymentRemoved(endpoint_name=snapshot.endpoint_name, deployment_id=snapshot.deployment_id, generation=snapshot.generation)
+            snapshot.deployment_id,
+            DeploymentRemoved(endpoint_name=snapshot.endpoint_name, deployment_id=snapshot.deployment_id, generation=snapshot.generation),
         )
     return None if actual.status is AppStatus.DELETING else Delete(snapshot.deployment_id)
 

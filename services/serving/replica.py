@@ -5,9 +5,11 @@ from pathlib import Path
 
 from libs.artifacts.factory import from_settings
 from libs.environments import EnvironmentCache
+from libs.errors import DeadlineExceededError
 from libs.inference.client import RunnerClient
 from libs.inference.supervisor import RunnerExit, RunnerProcess, RunnerSpec
 from libs.inference.tokens import runner_token
+from libs.runner.cage import CageSpec
 from libs.settings import ArtifactSettings
 from services.serving import adapters
 from services.serving.keeper import Announcement, RunnerKeeper
@@ -21,8 +23,9 @@ DRAIN_S = 5.0
 class ModelRunner:
     """A runner and a connection to it; what ``RunnerKeeper`` keeps."""
 
-    def __init__(self, process: RunnerProcess) -> None:
+    def __init__(self, process: RunnerProcess, predict_timeout_s: float) -> None:
         self._process = process
+        self._predict_timeout_s = predict_timeout_s
         self._client: RunnerClient = process.client()
 
     @property
@@ -30,7 +33,9 @@ class ModelRunner:
         return self._process.address
 
     async def ping(self) -> None:
-        await self._client.ping(timeout_s=PING_TIMEOUT_S)
+        busy_s = await self._client.ping(timeout_s=PING_TIMEOUT_S)
+        if busy_s > self._predict_timeout_s:
+            raise DeadlineExceededError(f"the model has been busy with one request for {busy_s:.0f} s")
 
     async def wait_exit(self) -> RunnerExit:
         return await self._process.wait_exit()
@@ -88,12 +93,13 @@ class ModelReplica:
             address=adapters.listen_address(places.listen, self._directory),
             scratch=scratch,
             log=adapters.runner_log(spec.deployment_id, self._replica_id),
-            threads=spec.threads,
-            start_timeout_s=spec.start_timeout_s,
+            cage=CageSpec(memory_bytes=spec.limits.memory_bytes),
+            threads=spec.limits.threads,
+            start_timeout_s=spec.limits.start_timeout_s,
         )
 
     async def _start_runner(self) -> ModelRunner:
-        return ModelRunner(await RunnerProcess.start(self._runner_spec))
+        return ModelRunner(await RunnerProcess.start(self._runner_spec), self._spec.limits.predict_timeout_s)
 
     async def _announce(self, announcement: Announcement) -> None:
         await asyncio.to_thread(adapters.announce, self._spec.deployment_id, self._replica_id, announcement)

@@ -7,7 +7,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.settings import ArtifactSettings, EnvironmentSettings, KafkaSettings, ProcessSettings, RunnerSettings, TelemetrySettings
-from services.serving.spec import Places
+from services.serving.spec import Limits, Places
+from services.serving.streaming import StreamLimits
 
 
 class RaySettings(BaseSettings):
@@ -29,10 +30,18 @@ class Settings(BaseSettings):
     memory_limit_bytes: int | None = Field(
         None, ge=64 * 2**20, description="Memory that a served model may allocate, in bytes; none: no limit."
     )
+    predict_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="A model that is busy with one request for longer is taken for hung, and its runner is replaced, in seconds.",
+    )
     poll_settled_s: float = Field(2.0, gt=0, description="How often Ray is asked while everything is as it should be, in seconds.")
     poll_unsettled_s: float = Field(0.2, gt=0, description="How often Ray is asked while something is on its way, in seconds.")
     stream_batch_records: int = Field(256, ge=1, le=10_000, description="Most inference records taken at once from a topic.")
-    stream_timeout_s: float = Field(30.0, gt=0, description="Longest time a model may take for one inference record, in seconds.")
+    stream_in_flight: int = Field(8, ge=1, le=256, description="Most inference records of one endpoint that runners are asked at once.")
+    stream_timeout_s: float = Field(
+        30.0, gt=0, description="An inference record that a model does not answer in this time is given up, in seconds."
+    )
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     ray: RaySettings = Field(default_factory=RaySettings)
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
@@ -51,6 +60,16 @@ class Settings(BaseSettings):
             runner_key_file=_absolute(self.runner.key_file),
             listen=self.listen,
         )
+
+    @property
+    def limits(self) -> Limits:
+        """What a served model may use."""
+        return Limits(threads=self.threads, memory_bytes=self.memory_limit_bytes, predict_timeout_s=self.predict_timeout_s)
+
+    @property
+    def stream_limits(self) -> StreamLimits:
+        """How much streaming inference takes at once, and how long it waits."""
+        return StreamLimits(self.stream_batch_records, self.stream_in_flight, self.stream_timeout_s)
 
 
 def _absolute(path: Path) -> Path:

@@ -25,6 +25,15 @@ class Places(Contract):
     listen: Literal["unix", "tcp"] = "unix"
 
 
+class Limits(Contract):
+    """What a served model may use."""
+
+    threads: int = Field(default=1, ge=1, description="Threads of the numeric libraries.")
+    memory_bytes: int | None = Field(default=None, description="What the model may allocate; None: no limit.")
+    start_timeout_s: float = Field(default=60.0, gt=0, description="Longest time until the model is loaded, in seconds.")
+    predict_timeout_s: float = Field(default=60.0, gt=0, description="A runner that is busy with one request for longer is replaced.")
+
+
 class ReplicaSpec(Contract):
     """What one replica runs, and within which limits."""
 
@@ -35,9 +44,7 @@ class ReplicaSpec(Contract):
     format: ArtifactFormat
     environment: EnvironmentLock
     places: Places
-    threads: int = Field(default=1, ge=1, description="Threads of the numeric libraries.")
-    memory_bytes: int | None = Field(default=None, description="What the model may allocate; None: no limit.")
-    start_timeout_s: float = Field(default=60.0, gt=0, description="Longest time until the model is loaded, in seconds.")
+    limits: Limits = Limits()
 
     @property
     def digest(self) -> str:
@@ -45,7 +52,7 @@ class ReplicaSpec(Contract):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
-def replica_spec(snapshot: DeploymentSnapshot, places: Places, *, threads: int = 1, memory_bytes: int | None = None) -> ReplicaSpec:
+def replica_spec(snapshot: DeploymentSnapshot, places: Places, limits: Limits) -> ReplicaSpec:
     """What the replicas of a deployment run; its generation and how many they are is no part of it."""
     return ReplicaSpec(
         deployment_id=snapshot.deployment_id,
@@ -55,6 +62,5 @@ def replica_spec(snapshot: DeploymentSnapshot, places: Places, *, threads: int =
         format=snapshot.format,
         environment=snapshot.environment,
         places=places,
-        threads=threads,
-        memory_bytes=memory_bytes,
+        limits=limits,
     )

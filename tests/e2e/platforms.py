@@ -102,7 +102,9 @@ class RunningPlatform:
 
     def runners(self, model: str) -> list[psutil.Process]:
         """The runners that serve a model's versions."""
-        digests = {version["spec"]["artifact"]["sha256"] for version in self.http.get(f"/api/v1/models/{model}/versions").json()["versions"]}
+        digests = {
+            version["spec"]["artifact"]["sha256"] for version in self.http.get(f"/api/v1/models/{model}/versions").json()["versions"]
+        }
         return [process for process in self.processes() if any(digest in " ".join(process.cmdline()) for digest in digests)]
 
     def close(self) -> None:

@@ -65,6 +65,10 @@ def lives(gateway: FakeGateway, *events: dict[str, Any], end: dict[str, Any]) ->
     gateway.on("POST", VERSIONS, register)
 
 
+def is_sampled(request: Request) -> bool:
+    return bool(int(request.headers["traceparent"][-2:], 16) & 1)
+
+
 def test_upload_registers_the_stored_artifact(store: FakeGateway, run: Run, file: Path) -> None:
     store.on("POST", VERSIONS, version("registered"), status=201)
     outcome = run("models", "upload", file, "--name", "cancer")
@@ -136,6 +140,13 @@ def test_waiting_upload_of_a_rejected_version_fails_with_the_reason(store: FakeG
     assert outcome.exit_code == 1
     assert outcome.err.splitlines()[-1] == "millrace: cancer@1 was rejected: it is a text file"
     assert outcome.out == ""
+
+
+def test_looking_how_far_it_is_leaves_no_marks_in_the_trace(store: FakeGateway, run: Run, file: Path) -> None:
+    lives(store, event("millrace.validator.version.validated.v1", 1), end=version("validated"))
+    assert run("models", "upload", file, "--name", "cancer", "--wait").exit_code == 0
+    assert is_sampled(store.sent("POST", VERSIONS))
+    assert not is_sampled(store.sent("GET", f"{VERSIONS}/1"))
 
 
 def test_upload_of_the_same_content_says_so(store: FakeGateway, run: Run, file: Path) -> None:

@@ -48,12 +48,20 @@ def test_a_trace_is_found_by_a_request_id_that_a_span_carries(jaeger: FakeGatewa
     assert run("trace", "r-1").exit_code == 0
 
 
-def test_an_id_that_nobody_knows_is_said(jaeger: FakeGateway, run: Run) -> None:
-    assert run("trace", "r-2").err == "millrace: 'r-2' is neither a trace id nor an id that an event or a span carries\n"
+@pytest.mark.parametrize("identity", ["r-2", "b" * 32])
+def test_an_id_that_nobody_knows_is_said(jaeger: FakeGateway, run: Run, identity: str) -> None:
+    assert run("trace", identity).err.startswith(f"millrace: nothing is known of '{identity}'")
 
 
-def test_a_trace_that_jaeger_does_not_have_is_said(jaeger: FakeGateway, run: Run) -> None:
-    assert f"has no trace {'b' * 32}" in run("trace", "b" * 32).err
+def test_a_request_id_that_looks_like_a_trace_id_is_found(jaeger: FakeGateway, run: Run) -> None:
+    identity = "b" * 32
+    jaeger.on("GET", "/api/traces", lambda request: (200, {"data": [{"traceID": TRACE}] if identity in request.query["tags"] else []}))
+    assert run("trace", identity).out.startswith(f"trace {TRACE}")
+
+
+def test_a_trace_whose_spans_are_gone_is_said(jaeger: FakeGateway, run: Run) -> None:
+    jaeger.on("GET", "/api/v1/events", {"events": [{"traceparent": f"00-{'c' * 32}-b7ad6b7169203331-01"}]})
+    assert f"has no trace {'c' * 32}" in run("trace", "op-1").err
 
 
 def test_without_jaeger_it_says_how_to_get_one(gateway: FakeGateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """A whole gateway in one process: log and store in memory, the real registry, runners that are fakes on real sockets."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from libs.artifacts import MemoryStore
-from libs.inference.tokens import runner_token
 from libs.lifecycle import Component
 from libs.messaging import cloudevents, consumer, follower
 from libs.messaging.memory import MemoryBroker
-from libs.runner.wire import FrameReader, decode_tensors, encode_frame, encode_tensors
 from schemas.base import Payload
 from schemas.environment import EnvironmentLock, VersionBuilt
 from schemas.inference import Signature, TensorSpec
@@ -29,80 +25,13 @@ from services.gateway.app import Gateway, build
 from services.gateway.settings import Settings
 from services.registry.app import build as build_registry
 from services.registry.settings import Settings as RegistrySettings
+from tests.unit.runners import KEY, FakeRunner
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-KEY = b"the platform's runner key"
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="input", datatype="FP64", shape=(-1, 2)),), outputs=(TensorSpec(name="predict", datatype="FP64", shape=(-1,)),)
 )
 LOCK = EnvironmentLock(environment_id="ab" * 16, python="3.11", platform="x86_64-linux", lock="numpy==2.4.0\n")
-
-
-class FakeRunner:
-    """Speaks the runner's wire and adds ``offset`` to the sum of each row.
-
-    ``behave`` is called for each infer; it may return an error ``(kind, message)``, ``"drop"`` or ``"hang"``.
-    """
-
-    def __init__(self, replica_id: str, path: Path, offset: float = 0.0) -> None:
-        self.replica = Replica(replica_id=replica_id, address=f"unix:{path}")
-        self.offset = offset
-        self.asked: list[dict[str, Any]] = []
-        self.behave: Callable[[int], Any] = lambda _: None
-        self._path = path
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    async def start(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, str(self._path))
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            for writer in self._writers:
-                writer.close()
-            self._path.unlink(missing_ok=True)
-            await asyncio.sleep(0)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        frames = FrameReader()
-        try:
-            while data := await reader.read(65_536):
-                for frame in frames.feed(data):
-                    if not await self._answer(frame, writer):
-                        return
-        except ConnectionError:
-            return
-        finally:
-            self._writers.discard(writer)
-            writer.close()
-
-    async def _answer(self, frame: Any, writer: asyncio.StreamWriter) -> bool:
-        meta: dict[str, Any] = {"id": frame.meta["id"], "ok": True}
-        head, tail = b"", []
-        if frame.meta["op"] == "hello" and frame.meta["token"] != runner_token(KEY, self.replica.replica_id):
-            meta = {"id": frame.meta["id"], "ok": False, "error": {"kind": "unauthenticated", "message": "no"}}
-        elif frame.meta["op"] == "infer":
-            self.asked.append(frame.meta)
-            behaviour = self.behave(len(self.asked))
-            if behaviour == "drop":
-                return False
-            if behaviour == "hang":
-                return True
-            if behaviour is not None:
-                meta = {"id": frame.meta["id"], "ok": False, "error": {"kind": behaviour[0], "message": behaviour[1]}}
-            else:
-                rows = decode_tensors(json.loads(frame.head)["inputs"], frame.tail)["input"]
-                descriptions, tail = encode_tensors({"predict": np.asarray(rows.sum(axis=1) + self.offset)})
-                head = json.dumps({"outputs": descriptions}).encode()
-            if frame.meta.get("traceparent"):
-                meta["span"] = {"span_id": "00000000000000aa", "start_ns": 1, "end_ns": 2}
-        for part in encode_frame(meta, head, tail):
-            writer.write(part)
-        await writer.drain()
-        return True
 
 
 @dataclass

@@ -8,7 +8,7 @@ from libs.messaging import cloudevents
 from libs.messaging.memory import MemoryBroker
 from libs.messaging.records import Record
 from schemas.registry import Artifact, CommandRefused, CreateEndpoint, DeleteEndpoint, RegisterVersion, VersionRegistered, VersionSpec
-from schemas.topics import COMMANDS, DLQ, EVENTS, STATE, STATE_VERSIONS
+from schemas.topics import COMMANDS, DLQ, EVENTS, STATE, STATE_ENDPOINTS, STATE_VERSIONS
 from services.registry.app import GROUP, build
 from services.registry.handlers import HandledCommands
 from services.registry.restore import restore
@@ -79,6 +79,17 @@ async def test_a_refusal_is_a_fact_with_its_reason():
     )
 
 
+async def test_a_command_whose_snapshot_no_record_can_hold_is_refused_and_changes_nothing():
+    broker = MemoryBroker()
+    huge = CreateEndpoint(endpoint_name="huge", labels={"a": "x" * 1_048_000})
+    async with registry(broker):
+        await broker.append([command(huge, "c1"), command(DeleteEndpoint(endpoint_name="huge"), "c2")])
+    first, second = await said(broker)
+    assert (first.data.kind, first.data.reason) == ("invalid", "'huge' would take 1048164 bytes; its state may take 1032192")
+    assert second.data.reason == "there is no endpoint 'huge'"
+    assert not broker.records(DLQ.name)
+
+
 async def test_the_state_is_the_same_after_a_restart():
     broker = MemoryBroker()
     async with registry(broker):
@@ -94,6 +105,28 @@ async def test_the_state_is_the_same_after_a_restart():
     await restore(broker, state, HandledCommands())
     assert (list(state.models), list(state.versions), list(state.endpoints)) == (["iris"], ["iris@1"], ["stays"])
     assert state.models["iris"].aliases == {"prod": 1}
+
+
+async def test_what_a_stranger_wrote_to_the_state_topics_is_passed_over():
+    broker = MemoryBroker()
+    async with registry(broker):
+        await broker.append([command(REGISTER, "c1")])
+    (genuine,) = broker.records(STATE_VERSIONS.name)
+    await broker.append(
+        [
+            Record(STATE_VERSIONS.name, b"iris@1", b"not json"),
+            Record(STATE_VERSIONS.name, b"iris@1", b"{}", genuine.headers),
+            Record(STATE_VERSIONS.name, b"iris@2", genuine.value, genuine.headers),
+            Record(STATE_VERSIONS.name, None, genuine.value, genuine.headers),
+            Record(STATE_VERSIONS.name, b"\xff", None),
+            Record(STATE_ENDPOINTS.name, b"iris@1", genuine.value, genuine.headers),
+        ]
+    )
+    async with registry(broker):
+        await broker.append([command(CreateEndpoint(endpoint_name="flowers"), "c2")])
+    state = State()
+    await restore(broker, state, HandledCommands())
+    assert (list(state.models), list(state.versions), list(state.endpoints)) == (["iris"], ["iris@1"], ["flowers"])
 
 
 async def test_bad_commands_are_dead_letters_and_the_next_one_is_handled():

@@ -10,7 +10,7 @@ from schemas.inference import Datatype, Signature, TensorSpec
 from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, Replica
 from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
 from services.serving.reconcile import ActualDeployment, Apply, AppStatus, Delete, DesiredDeployment, Report, Scale, plan
-from services.serving.spec import Places, replica_spec
+from services.serving.spec import Limits, Places, replica_spec
 
 ID = "cancer.cancer.1"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -93,7 +93,7 @@ def test_a_failed_application_is_applied_again_for_a_newer_generation_only() -> 
 def test_ready_is_reported_when_every_replica_answers() -> None:
     assert due(snapshot(min_replicas=2), actual(target_replicas=2)) == ()
     (report,) = due(snapshot(min_replicas=2), actual(target_replicas=2, replicas=(ONE, TWO)))
-    assert report == Report(DeploymentReady(**ABOUT, generation=1, replicas=(ONE, TWO)))
+    assert report == Report(ID, DeploymentReady(**ABOUT, generation=1, replicas=(ONE, TWO)))
 
 
 def test_a_running_application_without_an_answering_runner_is_not_ready() -> None:
@@ -102,19 +102,19 @@ def test_a_running_application_without_an_answering_runner_is_not_ready() -> Non
 
 def test_traffic_that_waits_makes_a_running_deployment_ready_again() -> None:
     wanted = snapshot(**{**READY, "pending_traffic_percent": 10})
-    assert due(wanted, actual()) == (Report(DeploymentReady(**ABOUT, generation=1, replicas=(ONE,))),)
+    assert due(wanted, actual()) == (Report(ID, DeploymentReady(**ABOUT, generation=1, replicas=(ONE,))),)
 
 
 def test_a_lost_replica_is_reported_with_the_reason() -> None:
     gone = actual(replicas=(), message="the runner was ended by SIGKILL")
     assert due(snapshot(**READY), gone) == (
-        Report(DeploymentChanged(**ABOUT, generation=1, replicas=(), reason="the runner was ended by SIGKILL")),
+        Report(ID, DeploymentChanged(**ABOUT, generation=1, replicas=(), reason="the runner was ended by SIGKILL")),
     )
 
 
 def test_a_replica_that_came_back_elsewhere_is_reported() -> None:
     degraded = snapshot(**{**READY, "status": DeploymentStatus.DEGRADED, "replicas": ()})
-    assert due(degraded, actual(replicas=(TWO,))) == (Report(DeploymentChanged(**ABOUT, generation=1, replicas=(TWO,))),)
+    assert due(degraded, actual(replicas=(TWO,))) == (Report(ID, DeploymentChanged(**ABOUT, generation=1, replicas=(TWO,))),)
 
 
 def test_the_order_of_replicas_is_no_change() -> None:
@@ -125,7 +125,7 @@ def test_the_order_of_replicas_is_no_change() -> None:
 def test_failure_is_reported_once_with_its_reason() -> None:
     failed = actual(status=AppStatus.FAILED, replicas=(), message="the model does not load")
     fact = DeploymentFailed(**ABOUT, generation=1, reason="the model does not load")
-    assert due(snapshot(), failed) == (Report(fact),)
+    assert due(snapshot(), failed) == (Report(ID, fact),)
     assert due(snapshot(), failed, fact) == ()
 
 
@@ -138,7 +138,7 @@ def test_removal_deletes_first_and_is_reported_when_nothing_is_left() -> None:
     removing = snapshot(**{**READY, "status": DeploymentStatus.REMOVING})
     assert due(removing, actual()) == (Delete(ID),)
     assert due(removing, actual(status=AppStatus.DELETING)) == ()
-    assert due(removing, None) == (Report(DeploymentRemoved(**ABOUT, generation=1)),)
+    assert due(removing, None) == (Report(ID, DeploymentRemoved(**ABOUT, generation=1)),)
 
 
 @pytest.mark.parametrize(("change", "differs"), [({"generation": 2, "min_replicas": 3}, False), ({"version": 2}, True)])
@@ -146,5 +146,5 @@ def test_the_digest_of_a_spec_covers_what_runs_and_nothing_else(change: dict[str
     places = Places(
         artifacts_url="file:///artifacts", artifact_cache_dir=Path("/cache"), environments_dir=Path("/e"), runner_key_file=Path("/key")
     )
-    before, after = replica_spec(snapshot(), places), replica_spec(snapshot(**change), places)
+    before, after = replica_spec(snapshot(), places, Limits()), replica_spec(snapshot(**change), places, Limits())
     assert (before.digest != after.digest) is differs
