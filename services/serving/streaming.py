@@ -29,7 +29,7 @@ from libs.messaging.cloudevents import Clock
 from libs.messaging.consumer import COMMIT_INTERVAL_S, POLL_S
 from libs.messaging.dead_letter import dead_letter
 from libs.messaging.errors import StoppingError
-from libs.messaging.loop import Loop
+from libs.messaging.loop import GRACE_S, Loop
 from libs.messaging.records import Record
 from libs.messaging.retry import Retry, keep_trying
 from schemas.topics import Topic, inference_requests, inference_results
@@ -58,6 +58,7 @@ class StreamLimits:
     in_flight: int = 8
     timeout_s: float = 30.0
     hold_s: float = HOLD_S
+    grace_s: float = GRACE_S
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Stream:
         self._consumer = parts.broker.consumer([self._requests], f"millrace-{SERVICE}-{endpoint_name}")
         self._producer = parts.broker.producer()
         self._stopping = asyncio.Event()
-        self._loop = Loop(f"stream {endpoint_name}", self._step, self._stopping)
+        self._loop = Loop(f"stream {endpoint_name}", self._step, self._stopping, self._limits.grace_s)
         self._answered: list[tuple[Record, list[Record]]] = []
         self._sent_at = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Serving in one process: the log in memory, the real registry, a cluster that is a fake, runners that are fakes on real sockets."""
+"""Serving in one process: the log in memory, a cluster that is a fake, runners that are fakes on real sockets."""
 
 import asyncio
 import json
@@ -25,8 +25,6 @@ from schemas.environment import EnvironmentLock
 from schemas.inference import Datatype, Signature, TensorSpec
 from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, EndpointSnapshot, Replica
 from schemas.topics import DLQ, EVENTS, STATE_DEPLOYMENTS, STATE_ENDPOINTS, inference_requests, inference_results
-from services.registry.app import build as build_registry
-from services.registry.settings import Settings as RegistrySettings
 from services.serving import streaming
 from services.serving.controller import Controller
 from services.serving.errors import ClusterUnavailableError
@@ -137,6 +135,7 @@ class World:
     limits: StreamLimits = field(default_factory=lambda: StreamLimits(batch_records=16, in_flight=4, timeout_s=5.0))
     spans: RunnerSpans = field(default_factory=lambda: RunnerSpans(None))
     created: list[str] = field(default_factory=list)
+    state: State = field(default_factory=State)
 
     def controller(self) -> list[Component]:
         """The reconciling half of serving, as after a start of the process."""
@@ -155,12 +154,9 @@ class World:
             self.broker.check_reachable()
             self.created += [topic.name for topic in topics]
 
-        state = State()
+        state = self.state = State()
         pool = RunnerPool(key_file, self.spans)
         return [self._follower(state), Streams(StreamParts(state, self.broker, pool, create, self.limits, SOON, lambda: NOW))]
-
-    def registry(self) -> Sequence[Component]:
-        return build_registry(RegistrySettings(), broker=self.broker, clock=lambda: NOW)
 
     def _follower(self, state: State) -> Follower:
         return Follower(self.broker, [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)

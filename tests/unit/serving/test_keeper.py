@@ -156,7 +156,7 @@ async def test_a_replica_whose_runner_cannot_be_brought_back_is_unhealthy(machin
 async def test_a_runner_that_does_not_answer_is_killed_and_replaced(machine: Machine, run: Start) -> None:
     keeper = await run()
     machine.runners[0].answers = False
-    with pytest.raises(ReplicaUnhealthyError, match="does not answer"):
+    with pytest.raises(ReplicaUnhealthyError, match="did not answer"):
         await keeper.check()
     assert (await machine.announced.get()).address is None
     assert (await machine.announced.get()).address == "unix:/runner-1"

@@ -1,0 +1,60 @@
+"""The main function of every service: settings, telemetry, build, run."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from libs import lifecycle, telemetry
+from libs.errors import MillraceError
+from libs.lifecycle import Component
+from libs.settings import ProcessSettings, TelemetrySettings
+
+
+class ServiceSettings(Protocol):
+    """What the settings of every service have."""
+
+    @property
+    def process(self) -> ProcessSettings: ...
+
+    @property
+    def telemetry(self) -> TelemetrySettings: ...
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def run_service(
+    name: str,
+    settings_type: Callable[[], S],
+    build: Callable[[S], Sequence[Component]],
+    loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
+) -> None:
+    """Run a service until it is told to stop.
+
+    A service that cannot start or go on for a reason we know says so in one sentence and exits with 1; a bug leaves its traceback.
+
+    Parameters
+    ----------
+    loop
+        Runs the event loop; ``uvloop.run`` where speed counts.
+    """
+    try:
+        settings = settings_type()
+    except ValidationError as error:
+        problems = "; ".join(f"{'_'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        sys.exit(f"{name}: the settings in the environment are not valid: {problems}")
+
+    async def run() -> None:
+        # Built inside the loop: some clients bind to it when they are made.
+        await lifecycle.run(build(settings), settings.process.ready_file)
+
+    provider = telemetry.configure(name, settings.telemetry)
+    try:
+        loop(run())
+    except MillraceError as error:
+        sys.exit(f"{name}: {error}")
+    finally:
+        provider.shutdown()
