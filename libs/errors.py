@@ -39,7 +39,7 @@ class TransientError(MillraceError):
     http_status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
-class InvalidMessage(MillraceError):
+class InvalidMessage(MillraceError):  # noqa: N818 - the name that consumers of messages use for it
     """A record that can never be handled; it goes to the dead-letter topic with this message as its cause."""
 
     http_status = HTTPStatus.UNPROCESSABLE_ENTITY

@@ -29,7 +29,8 @@ async def create_topics(settings: KafkaSettings, topics: Sequence[Topic], replic
     if not topics:
         return
     if settings.embedded:
-        return await _touch(settings, topics)
+        await _touch(settings, topics)
+        return
     client = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap_servers, request_timeout_ms=settings.request_timeout_ms)
     try:
         await client.start()

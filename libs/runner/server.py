@@ -348,7 +348,7 @@ class Server:
 
 def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """Tell whether a shape has the wanted dimensions; -1 stands for any."""
-    return len(shape) == len(wanted) and all(size in (got, -1) for got, size in zip(shape, wanted))  # noqa: B905 (Python 3.9)
+    return len(shape) == len(wanted) and all(size in (got, -1) for got, size in zip(shape, wanted))
 
 
 def memory_peak_bytes() -> int:

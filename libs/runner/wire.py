@@ -28,7 +28,7 @@ META_LIMIT_BYTES = 64 * 1024
 HEAD_LIMIT_BYTES = 64 * 1024 * 1024
 TAIL_LIMIT_BYTES = 1024 * 1024 * 1024
 
-Buffer = Union[bytes, bytearray, memoryview]  # noqa: UP007 (Python 3.9)
+Buffer = Union[bytes, bytearray, memoryview]
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 _LENGTH = struct.Struct("<I")
@@ -129,7 +129,7 @@ class FrameReader:
         self._prefix.clear()
         limits = (META_LIMIT_BYTES, HEAD_LIMIT_BYTES, TAIL_LIMIT_BYTES) if self.trusted else (4096, 0, 0)
         names = ("meta", "head", "tail")
-        for name, length, limit in zip(names, (meta_length, head_length, tail_length), limits):  # noqa: B905
+        for name, length, limit in zip(names, (meta_length, head_length, tail_length), limits):
             if length > limit:
                 raise WireError(f"a frame's {name} part has {length} bytes; at most {limit} are taken")
         if meta_length == 0:

@@ -1,6 +1,7 @@
 """Keeps one runner alive inside a replica: restarts it, says where it listens, and says when it cannot go on."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ class Runner(Protocol):
     @property
     def address(self) -> str: ...
 
-    async def ping(self) -> None:
-        """Return when it answers; raises ``MillraceError`` when it does not, or when its model hangs."""
+    async def ping(self) -> float:
+        """Return when it answers: for how many seconds it has been busy with one request; raises ``MillraceError`` when it does not."""
         ...
 
     async def wait_exit(self) -> Exit: ...
@@ -73,6 +74,8 @@ class RunnerKeeper:
         Starts a runner and returns when its model is loaded; raises ``RunnerStartError``.
     announce
         Is told of every change, in order.
+    predict_timeout_s
+        A runner that is busy with one request for longer hangs: it answers one after the other, so nobody else is answered either.
     """
 
     def __init__(
@@ -81,12 +84,14 @@ class RunnerKeeper:
         announce: Callable[[Announcement], Awaitable[None]],
         restarts: Restarts | None = None,
         *,
+        predict_timeout_s: float = math.inf,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Clock = time.monotonic,
     ) -> None:
         self._start = start
         self._announce = announce
         self._restarts = restarts or Restarts()
+        self._predict_timeout_s = predict_timeout_s
         self._sleep = sleep
         self._clock = clock
         self._runner: Runner | None = None
@@ -105,7 +110,7 @@ class RunnerKeeper:
         Raises
         ------
         ReplicaUnhealthyError
-            The runner cannot be brought back, or did not answer.
+            The runner cannot be brought back, did not answer, or hangs.
         """
         if self._failure is not None:
             raise ReplicaUnhealthyError(self._failure)
@@ -115,12 +120,17 @@ class RunnerKeeper:
         if runner is None:
             return
         try:
-            await runner.ping()
+            busy_s = await runner.ping()
         except MillraceError as error:
-            if runner is not self._runner:
-                return
-            runner.kill()
-            raise ReplicaUnhealthyError(f"the runner at {runner.address} is killed: {error.message}") from error
+            if runner is self._runner:
+                self._kill(runner, f"does not answer: {error.message}")
+        else:
+            if busy_s > self._predict_timeout_s:
+                self._kill(runner, f"has been busy with one request for {busy_s:.0f} s")
+
+    def _kill(self, runner: Runner, reason: str) -> None:
+        runner.kill()
+        raise ReplicaUnhealthyError(f"the runner at {runner.address} {reason}")
 
     async def stop(self) -> None:
         """Say that nobody answers here any more, then end the runner."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from libs.artifacts.factory import from_settings
 from libs.environments import EnvironmentCache
-from libs.errors import DeadlineExceededError
 from libs.inference.client import RunnerClient
 from libs.inference.supervisor import RunnerExit, RunnerProcess, RunnerSpec
 from libs.inference.tokens import runner_token
@@ -23,19 +22,16 @@ DRAIN_S = 5.0
 class ModelRunner:
     """A runner and a connection to it; what ``RunnerKeeper`` keeps."""
 
-    def __init__(self, process: RunnerProcess, predict_timeout_s: float) -> None:
+    def __init__(self, process: RunnerProcess) -> None:
         self._process = process
-        self._predict_timeout_s = predict_timeout_s
         self._client: RunnerClient = process.client()
 
     @property
     def address(self) -> str:
         return self._process.address
 
-    async def ping(self) -> None:
-        busy_s = await self._client.ping(timeout_s=PING_TIMEOUT_S)
-        if busy_s > self._predict_timeout_s:
-            raise DeadlineExceededError(f"the model has been busy with one request for {busy_s:.0f} s")
+    async def ping(self) -> float:
+        return await self._client.ping(timeout_s=PING_TIMEOUT_S)
 
     async def wait_exit(self) -> RunnerExit:
         return await self._process.wait_exit()
@@ -60,7 +56,7 @@ class ModelReplica:
         self._spec = ReplicaSpec.model_validate_json(spec)
         self._replica_id = adapters.own_replica_id()
         self._directory = adapters.replica_directory(self._replica_id)
-        self._keeper = RunnerKeeper(self._start_runner, self._announce)
+        self._keeper = RunnerKeeper(self._start_runner, self._announce, predict_timeout_s=self._spec.limits.predict_timeout_s)
         try:
             self._runner_spec = await self._prepare()
             await self._keeper.start()
@@ -99,7 +95,7 @@ class ModelReplica:
         )
 
     async def _start_runner(self) -> ModelRunner:
-        return ModelRunner(await RunnerProcess.start(self._runner_spec), self._spec.limits.predict_timeout_s)
+        return ModelRunner(await RunnerProcess.start(self._runner_spec))
 
     async def _announce(self, announcement: Announcement) -> None:
         await asyncio.to_thread(adapters.announce, self._spec.deployment_id, self._replica_id, announcement)

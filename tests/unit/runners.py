@@ -29,6 +29,7 @@ class FakeRunner:
         self.asked: list[dict[str, Any]] = []
         self.rows: list[Any] = []
         self.busy_s = 0.0
+        self.span: Any = None
         self.behave: Callable[[int], Any] = lambda _: None
         self._path = path
         self._server: asyncio.Server | None = None
@@ -83,8 +84,8 @@ class FakeRunner:
             else:
                 descriptions, tail = encode_tensors({"predict": np.asarray(rows.sum(axis=1) + self.offset)})
                 head = json.dumps({"outputs": descriptions}).encode()
-            if frame.meta.get("traceparent"):
-                meta["span"] = {"span_id": "00000000000000aa", "start_ns": 1, "end_ns": 2}
+            if frame.meta.get("traceparent") or self.span is not None:
+                meta["span"] = self.span or {"span_id": "00000000000000aa", "start_ns": 1, "end_ns": 2}
         for part in encode_frame(meta, head, tail):
             writer.write(part)
         await writer.drain()

@@ -63,7 +63,7 @@ class OnnxModel:
             answers = self._session.run(list(outputs), feed)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise InvalidInputError(describe_exception(error)) from error
-        return {name: self._array(name, answer) for name, answer in zip(outputs, answers)}  # noqa: B905 (Python 3.9)
+        return {name: self._array(name, answer) for name, answer in zip(outputs, answers)}
 
     def _array(self, name: str, answer: Any) -> Any:
         if self._output_types[name] in _PROBABILITIES:

@@ -21,12 +21,14 @@ class FakeRunner:
     def __init__(self, address: str) -> None:
         self.address = address
         self.answers = True
+        self.busy_s = 0.0
         self.stopped = False
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
 
-    async def ping(self) -> None:
+    async def ping(self) -> float:
         if not self.answers:
             raise DeadlineExceededError("the runner did not answer within 5 s")
+        return self.busy_s
 
     async def wait_exit(self) -> Ended:
         return await asyncio.shield(self._ended)
@@ -64,7 +66,7 @@ class Machine:
         await asyncio.sleep(0)
 
     def keeper(self, restarts: Restarts | None = None) -> RunnerKeeper:
-        return RunnerKeeper(self.start, self.announce, restarts, sleep=self.sleep, clock=lambda: self.now)
+        return RunnerKeeper(self.start, self.announce, restarts, predict_timeout_s=60.0, sleep=self.sleep, clock=lambda: self.now)
 
 
 @pytest.fixture
@@ -156,11 +158,22 @@ async def test_a_replica_whose_runner_cannot_be_brought_back_is_unhealthy(machin
 async def test_a_runner_that_does_not_answer_is_killed_and_replaced(machine: Machine, run: Start) -> None:
     keeper = await run()
     machine.runners[0].answers = False
-    with pytest.raises(ReplicaUnhealthyError, match="did not answer"):
+    with pytest.raises(ReplicaUnhealthyError, match="does not answer"):
         await keeper.check()
     assert (await machine.announced.get()).address is None
     assert (await machine.announced.get()).address == "unix:/runner-1"
     await keeper.check()
+
+
+async def test_a_runner_whose_model_hangs_is_killed_and_replaced(machine: Machine, run: Start) -> None:
+    keeper = await run()
+    machine.runners[0].busy_s = 59.0
+    await keeper.check()
+    machine.runners[0].busy_s = 61.0
+    with pytest.raises(ReplicaUnhealthyError, match="busy with one request for 61 s"):
+        await keeper.check()
+    assert (await machine.announced.get()).address is None
+    assert (await machine.announced.get()).address == "unix:/runner-1"
 
 
 async def test_stopping_withdraws_the_address_before_the_runner_ends(machine: Machine) -> None:

@@ -103,7 +103,7 @@ async def test_without_a_runner_records_wait_and_nothing_is_lost(world, run):
 
 async def test_a_runner_that_goes_away_in_the_middle_costs_no_record(world, run):
     gone, other = await world.runner(), await world.runner()
-    gone.behave = lambda number: "drop" if number > 2 else None
+    gone.behave = lambda number: "hang" if number > 2 else None
     await world.endpoint(gone.replica)
     await world.ask(*rows(*range(10)))
     async with run(world.streams()):
@@ -294,7 +294,7 @@ async def test_a_stop_does_not_wait_for_a_model_that_hangs(world, run):
 
 async def test_a_stop_does_not_wait_for_a_runner_to_appear(world, run):
     runner = await world.runner()
-    runner.behave = lambda number: "drop"
+    runner.behave = lambda number: "hang"
     await world.endpoint(runner.replica)
     await world.ask(*rows(1))
     async with run(world.streams()):
@@ -334,7 +334,7 @@ async def test_a_stream_begins_with_its_endpoint_and_ends_with_it(world, run):
 
 async def test_a_record_in_hand_when_its_endpoint_is_deleted_stays_on_the_topic(world, run):
     runner = await world.runner()
-    runner.behave = lambda number: "drop"
+    runner.behave = lambda number: "hang"
     await world.endpoint(runner.replica)
     await world.ask(*rows(1))
     async with run(world.streams()):
