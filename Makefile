@@ -46,6 +46,7 @@ check: setup ## Format, lint, types, import rules, contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m schemas.generate --check
+	@$(BIN)/python -m libs.settings_tables --check
 
 format: setup ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
@@ -53,8 +54,9 @@ format: setup ## Format and fix what can be fixed
 bench: setup ## Measure: start-up, upload to prediction, idle cost, rebuild
 	@$(BIN)/python -m benchmarks
 
-schemas: setup ## Rewrite snapshots, AsyncAPI document and event reference from the contracts
+schemas: setup ## Rewrite what is generated: snapshots, AsyncAPI document, event reference, settings tables
 	@$(BIN)/python -m schemas.generate
+	@$(BIN)/python -m libs.settings_tables
 
 lock: ## Resolve the dependencies again
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --output-file requirements.lock

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from pydantic import ValidationError
 
 from libs import lifecycle, telemetry
-from libs.errors import MillraceError
+from libs.errors import ConfigurationError, MillraceError
 from libs.lifecycle import Component
 from libs.settings import ProcessSettings, TelemetrySettings
 
@@ -24,6 +24,22 @@ class ServiceSettings(Protocol):
 
 
 S = TypeVar("S", bound=ServiceSettings)
+T = TypeVar("T")
+
+
+def read_settings(settings_type: Callable[[], T]) -> T:
+    """Settings from the environment.
+
+    Raises
+    ------
+    ConfigurationError
+        When a value makes no sense; the message names each.
+    """
+    try:
+        return settings_type()
+    except ValidationError as error:
+        problems = "; ".join(f"{'_'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise ConfigurationError(f"the settings in the environment are not valid: {problems}") from error
 
 
 def run_service(
@@ -42,10 +58,9 @@ def run_service(
         Runs the event loop; ``uvloop.run`` where speed counts.
     """
     try:
-        settings = settings_type()
-    except ValidationError as error:
-        problems = "; ".join(f"{'_'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        sys.exit(f"{name}: the settings in the environment are not valid: {problems}")
+        settings = read_settings(settings_type)
+    except ConfigurationError as error:
+        sys.exit(f"{name}: {error}")
 
     async def run() -> None:
         # Built inside the loop: some clients bind to it when they are made.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import InvalidRequirement
 from packaging.requirements import Requirement as _Pep508Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import InvalidName, canonicalize_name
 
 from libs.errors import InvalidArgumentError
 
@@ -103,9 +103,13 @@ def _parse_line(number: int, line: str) -> Requirement:
         raise InvalidRequirementsError(
             f"Line {number} of the requirements, {shown!r}, points to a URL; name a package and a version instead."
         )
+    try:
+        name, extras = canonicalize_name(parsed.name, validate=True), {canonicalize_name(extra, validate=True) for extra in parsed.extras}
+    except InvalidName as error:
+        raise InvalidRequirementsError(f"Line {number} of the requirements, {shown!r}, has a name that no package can have.") from error
     return Requirement(
-        name=canonicalize_name(parsed.name),
-        extras=tuple(sorted(canonicalize_name(extra) for extra in parsed.extras)),
+        name=name,
+        extras=tuple(sorted(extras)),
         specifier=str(parsed.specifier),
         marker=str(parsed.marker) if parsed.marker else "",
     )

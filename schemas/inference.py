@@ -54,5 +54,7 @@ class InferenceResult(Contract):
     status: str = Field(pattern="^(completed|failed)$")
     model_name: str | None = None
     model_version: int | None = None
-    predictions: list[Any] | None = None
+    predictions: Any = Field(
+        default=None, description="Rows; an object of tensors when several outputs of different lengths were asked for."
+    )
     error: str | None = None

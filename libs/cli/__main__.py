@@ -8,6 +8,7 @@ from typer.exceptions import TyperException
 from libs.cli import dead_letters, endpoints, events, local, models, output, predict, traces
 from libs.cli.errors import CommandError
 from libs.errors import MillraceError
+from libs.local.errors import PartFailedError
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells say it."""
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     except TyperException as error:
         return _misused(error)
     except MillraceError as error:
+        for line in error.log_lines if isinstance(error, PartFailedError) else ():
+            output.note(f"  {line}")
         output.note(f"millrace: {' '.join(error.message.split())}")
         return error.exit_code if isinstance(error, CommandError) else 1
     except (KeyboardInterrupt, typer.Abort):

@@ -352,7 +352,7 @@ def pins() -> list[str]:
 
 def request_of(message: Message) -> str:
     """The request id that a result answers."""
-    return message.headers.get("ce_correlationid") or message.key
+    return str(message.value["request_id"])
 
 
 def completed(message: Message) -> InferenceResult:

@@ -94,9 +94,10 @@ def local_settings(home: Path | None, broker: BrokerName | None = None) -> "Loca
     """The environment's settings, overridden by what the command line says."""
     from libs.cli.settings import CliSettings
     from libs.local.settings import LocalSettings
+    from libs.process import read_settings
 
     given: dict[str, Any] = {"home": home or CliSettings().home, "broker": broker}
-    return LocalSettings(**{name: value for name, value in given.items() if value is not None})
+    return read_settings(lambda: LocalSettings(**{name: value for name, value in given.items() if value is not None}))
 
 
 class Progress:

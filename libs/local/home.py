@@ -80,9 +80,7 @@ class Home:
             probe.unlink()
             free = shutil.disk_usage(self.root).free
         except OSError as error:
-            raise HomeUnusableError(
-                f"the home {self.root} cannot be used: {error.strerror}; choose another with --home or MILLRACE_HOME"
-            ) from error
+            raise self._unusable(error) from error
         if free < MINIMUM_FREE_BYTES:
             raise HomeUnusableError(
                 f"the disk of {self.root} has {free / 2**30:.1f} GiB free, at least {MINIMUM_FREE_BYTES / 2**30:.0f} are needed; "
@@ -117,7 +115,13 @@ class Home:
                 file.truncate(0)
 
     def holder(self) -> int | None:
-        """Process id of whoever holds the lock; None when nobody does."""
+        """Process id of whoever holds the lock; None when nobody does.
+
+        Raises
+        ------
+        HomeUnusableError
+            When the lock cannot be looked at.
+        """
         try:
             with self._lock_path.open() as file:
                 try:
@@ -126,6 +130,8 @@ class Home:
                     return int(file.read() or 0) or None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            raise self._unusable(error) from error
         return None
 
     def read_state(self) -> dict[str, Any]:
@@ -141,6 +147,9 @@ class Home:
         partial = self.state_file.with_suffix(".partial")
         partial.write_text(json.dumps(state, indent=1))
         partial.replace(self.state_file)
+
+    def _unusable(self, error: OSError) -> HomeUnusableError:
+        return HomeUnusableError(f"the home {self.root} cannot be used: {error.strerror}; choose another with --home or MILLRACE_HOME")
 
     @property
     def _lock_path(self) -> Path:

@@ -208,8 +208,14 @@ class Supervisor:
             loop.remove_signal_handler(signal.SIGCHLD)
 
     def _check_ports(self) -> None:
+        wanted: dict[int, str] = {}
         for running in self.parts.values():
             for port in running.part.ports:
+                other = wanted.setdefault(port, running.part.name)
+                if other != running.part.name:
+                    raise PortTakenError(
+                        f"{running.part.name} and {other} cannot both listen on {processes.LOOPBACK}:{port}; choose another port for one"
+                    )
                 if not processes.is_port_free(port):
                     raise PortTakenError(
                         f"{running.part.name} cannot listen on {processes.LOOPBACK}:{port}: {processes.holder_of_port(port)} does already; "

@@ -97,10 +97,17 @@ class FaustConsumer:
             self._fetched.get_nowait()
 
 
+class _App(faust.App):
+    """An app without tables: it has nothing to keep on disk."""
+
+    def _create_directories(self) -> None:
+        return
+
+
 def faust_app(settings: KafkaSettings, group: str) -> faust.App:
     """A faust app that is a member of ``group``, reads committed records only and declares no topics; it opens nothing by itself."""
     servers = ";".join(f"kafka://{server}" for server in settings.bootstrap_servers.split(","))
-    app = faust.App(
+    app = _App(
         group,
         broker=servers,
         origin="services",

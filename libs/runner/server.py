@@ -115,6 +115,7 @@ class Server:
         self._requests: queue.SimpleQueue[tuple[Connection, Frame] | None] = queue.SimpleQueue()
         self._connections: set[Connection] = set()
         self._stopping = False
+        self._busy_since: float | None = None
         self._buffer = bytearray(_RECEIVE_BYTES)
 
     def start(self) -> None:
@@ -136,7 +137,10 @@ class Server:
                 break
             connection, frame = request
             if not connection.closed:
-                self._answer(connection, self._predict(frame))
+                self._busy_since = time.monotonic()
+                answer = self._predict(frame)
+                self._busy_since = None
+                self._answer(connection, answer)
             unanswered = connection.count(-1)
             if connection.paused and unanswered <= MAX_UNANSWERED // 2:
                 self._notify(connection)
@@ -262,7 +266,7 @@ class Server:
             connection.count(1)
             self._requests.put((connection, frame))
         elif operation in ("ping", "hello"):
-            self._answer(connection, encode_frame({"id": request_id, "ok": True}))
+            self._answer(connection, encode_frame({"id": request_id, "ok": True, "busy_s": self._busy_s()}))
         elif operation == "metadata":
             self._answer(connection, encode_frame({"id": request_id, "ok": True}, json.dumps(self._metadata()).encode()))
         elif operation == "stop":
@@ -280,6 +284,11 @@ class Server:
             return
         connection.reader.trusted = True
         self._answer(connection, encode_frame({"id": request_id, "ok": True}))
+
+    def _busy_s(self) -> float:
+        """For how many seconds the model has been busy with one request; 0 when it is idle."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def _metadata(self) -> dict[str, Any]:
         return {"signature": self._signature, "memory_peak_bytes": memory_peak_bytes()}

@@ -27,8 +27,8 @@ class Settings(BaseSettings):
     listen: Literal["unix", "tcp"] = Field("unix", description="unix: gateway and replicas share a machine; tcp: they do not.")
     keep_warm: bool = Field(True, description="Keep a spare Ray worker with Serve imported (90 MB), so that a replica starts sooner.")
     threads: int = Field(1, ge=1, le=256, description="Threads of the numeric libraries in one runner.")
-    memory_limit_bytes: int | None = Field(
-        None, ge=64 * 2**20, description="Memory that a served model may allocate, in bytes; none: no limit."
+    memory_limit_bytes: int = Field(
+        4 * 2**30, ge=64 * 2**20, description="Memory that a served model may allocate, in bytes; as much as in its trial."
     )
     predict_timeout_s: float = Field(
         60.0,
@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     poll_settled_s: float = Field(2.0, gt=0, description="How often Ray is asked while everything is as it should be, in seconds.")
     poll_unsettled_s: float = Field(0.2, gt=0, description="How often Ray is asked while something is on its way, in seconds.")
     stream_batch_records: int = Field(256, ge=1, le=10_000, description="Most inference records taken at once from a topic.")
-    stream_in_flight: int = Field(8, ge=1, le=256, description="Most inference records of one endpoint that runners are asked at once.")
+    stream_in_flight: int = Field(16, ge=1, le=256, description="Most inference records of one endpoint that runners are asked at once.")
     stream_timeout_s: float = Field(
         30.0, gt=0, description="An inference record that a model does not answer in this time is given up, in seconds."
     )

@@ -55,7 +55,7 @@ class StreamLimits:
     """How much is taken and asked at once, and how long one record may take, in seconds."""
 
     batch_records: int = 256
-    in_flight: int = 8
+    in_flight: int = 16
     timeout_s: float = 30.0
     hold_s: float = HOLD_S
     grace_s: float = GRACE_S
@@ -214,8 +214,8 @@ class Stream:
         outgoing = [result for _, results in self._answered for result in results]
         offsets: Offsets = {record.place: record.offset + 1 for record, _ in self._answered}
         await self._keep_trying(lambda: self._producer.send(outgoing))
-        await self._keep_trying(lambda: self._consumer.commit(offsets))
         self._answered.clear()
+        await self._keep_trying(lambda: self._consumer.commit(offsets))
 
     async def _answer(self, record: Record, together: "_Round") -> list[Record]:
         """What goes out for a record: its result, and the dead letter of a failed one."""
@@ -233,12 +233,12 @@ class Stream:
     async def _predict(self, request: Request, together: "_Round") -> tuple[Route, InferResponse]:
         with together.first_try():
             document = request.document()
-            route = await self._keep_trying(self._route)
-            body = parse(document, route.signature)
             with suppress(RunnerGoneError, NotReadyError, TimeoutError):
+                route = self._route()
+                body = parse(document, route.signature)
                 async with together.patience():
                     return route, await self._parts.pool.infer(route, route.replicas[0], body)
-        # Its runner was lost or is stuck, over this record or over another one: asked alone, it tells.
+        # There is no runner, or it was lost or is stuck, over this record or over another one: asked alone, it tells.
         async with together.alone():
             return await self._predict_alone(document)
 
@@ -259,7 +259,7 @@ class Stream:
                 if lost >= MOST_LOST_RUNNERS:
                     raise InvalidMessage(f"{lost} runners were lost while they answered this record: {error}") from error
 
-    async def _route(self) -> Route:
+    def _route(self) -> Route:
         try:
             return self._parts.state.routing.pick(self._endpoint_name, random=random.random())  # noqa: S311 - a traffic split
         except NotFoundError as error:
@@ -268,7 +268,7 @@ class Stream:
 
     async def _answering_route(self) -> Route:
         """A route whose runner answers and is not stuck; raises ``NotReadyError`` or ``RunnerGoneError``."""
-        route = await self._route()
+        route = self._route()
         try:
             busy_s = await self._parts.pool.ping(route.replicas[0], timeout_s=PING_TIMEOUT_S)
         except DeadlineExceededError as error:

@@ -84,10 +84,11 @@ FORBIDDEN_PATHS = (
 
 FORBIDDEN_MODULE_NAMES = _words(
     """
-    os posix nt sys subprocess builtins importlib socket ctypes _ctypes pickle _pickle cloudpickle marshal shutil runpy multiprocessing pty
+    os posix nt sys subprocess builtins importlib socket ctypes pickle cloudpickle marshal shutil runpy multiprocessing pty
     """
 )
-"""Modules that libraries import for themselves: ``joblib.parallel`` has an ``os``, so the name ``os.system`` in it must not pass."""
+"""Modules that libraries import for themselves, also under a private name: ``joblib.parallel`` has an ``os`` and ``argparse`` a ``_sys``,
+so the names ``os.system`` and ``_sys.exit`` in them must not pass."""
 
 FORBIDDEN_NAMES = _words(
     """
@@ -175,7 +176,7 @@ def is_forbidden(name: Global) -> bool:
         return name.name not in SAFE_BUILTINS
     if any(part in FORBIDDEN_NAMES for part in name_parts):
         return True
-    if any(part in FORBIDDEN_MODULE_NAMES for part in name_parts):
+    if any(part.lstrip("_") in FORBIDDEN_MODULE_NAMES for part in name_parts):
         return True
     full = f"{name.module}.{name.name}"
     return any(full == path or full.startswith(path if path.endswith("_") else f"{path}.") for path in FORBIDDEN_PATHS)

@@ -13,6 +13,7 @@ from ..wire import Arrays, WireError, datatype_of
 INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
 _TEXT_MODULE = "sklearn.feature_extraction.text"
+_NOT_FITTED = "NotFittedError"
 _CHECKS_OF_INPUT = ("sklearn.utils.validation", "sklearn.utils._array_api")
 
 
@@ -74,7 +75,7 @@ class SklearnModel:
         try:
             answer = getattr(self._estimator, method)(self._frame(values))
         except ValueError as error:
-            if _is_about_input(error):
+            if type(error).__name__ != _NOT_FITTED and _is_about_input(error):
                 raise InvalidInputError(describe_exception(error)) from error
             raise
         return answer.toarray() if hasattr(answer, "toarray") else np.asarray(answer)
@@ -88,7 +89,9 @@ class SklearnModel:
             return {"name": method, "datatype": datatype_of(answer.dtype), "shape": [-1, *answer.shape[1:]]}
         except WireError:
             return None
-        except BaseException:  # noqa: BLE001 (the model's code may raise anything; what it says to real input is seen later)
+        except BaseException as error:  # the model's code may raise anything; what it says to real input is seen later
+            if method == self._methods[0] and type(error).__name__ == _NOT_FITTED:
+                raise LoadError("not_a_model", f"the artifact holds {_type_name(self._estimator)}, which is not fitted") from error
             return self._guess_output(method)
 
     def _guess_output(self, method: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import base64
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -189,7 +190,12 @@ def test_following_events_ends_cleanly_on_ctrl_c(gateway: FakeGateway) -> None:
     gateway.on("GET", "/api/v1/events", {"events": [told("e-1")]})
     command = [sys.executable, "-m", "libs.cli", "events", "tail"]
     with subprocess.Popen(
-        command, env={**os.environ, "MILLRACE_URL": gateway.url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "MILLRACE_URL": gateway.url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored when the tests run in the background
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from libs.errors import ConfigurationError, DeadlineExceededError, UnauthenticatedError
 from libs.inference.client import RunnerClient
@@ -114,6 +115,20 @@ async def test_a_timeout_disturbs_no_other_request(tmp_path: Path) -> None:
         waiting.cancel()
         await client.ping(timeout_s=5)
         assert (await client.infer(ROWS, timeout_s=10)).outputs["predict"].tolist() == ROWS["input"].sum(1).tolist()
+        await client.close()
+
+
+async def test_a_ping_says_for_how_long_the_model_has_been_busy(tmp_path: Path) -> None:
+    async with running(on_request("(__import__('time').sleep(1.0), X.sum(1))[1]"), tmp_path) as runner:
+        client = runner.client()
+        assert await client.ping() == 0
+        asked = asyncio.create_task(client.infer({"input": np.zeros((1, 3))}, timeout_s=10))
+        async with asyncio.timeout(5):
+            while await client.ping() == 0:
+                assert not asked.done()
+        assert 0 < await client.ping() < 5
+        await asked
+        assert await client.ping() == 0
         await client.close()
 
 
@@ -241,6 +256,7 @@ async def test_a_class_of_the_training_script_is_a_missing_name(tmp_path: Path) 
         (Source("__import__('os')._exit(7)"), "exited", "the runner exited with status 7 while it loaded the artifact"),
         (Source("[bytes(1 << 28) for _ in range(20)]"), "memory", "loading the artifact needs more memory than it is allowed"),
         ({"a": 1}, "not_a_model", "the artifact holds dict, which has no predict method"),
+        (LogisticRegression(), "not_a_model", "the artifact holds sklearn.linear_model._logistic.LogisticRegression, which is not fitted"),
         (model("None"), "not_a_model", "the artifact holds types.SimpleNamespace, which has no predict method"),
     ],
 )

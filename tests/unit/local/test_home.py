@@ -38,3 +38,9 @@ def test_only_one_holds_the_home(home: Home) -> None:
 
 def test_the_instance_is_the_same_at_every_start_and_another_elsewhere(tmp_path: Path) -> None:
     assert Home.at(tmp_path / "a").instance == Home.at(tmp_path / "b" / ".." / "a").instance != Home.at(tmp_path / "b").instance
+
+
+def test_a_home_that_is_a_file_is_named_by_whoever_looks_for_its_holder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HomeUnusableError, match="file cannot be used: Not a directory"):
+        Home.at(tmp_path / "file").holder()

@@ -124,6 +124,15 @@ async def test_a_taken_port_is_named_with_its_holder_before_anything_starts(home
     assert events == []
 
 
+async def test_two_parts_that_want_one_port_are_named_before_anything_starts(home: Home) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    parts = [program("broker", ports=(port,)), program("gateway", ports=(port,))]
+    with pytest.raises(PortTakenError, match=f"gateway and broker cannot both listen on 127.0.0.1:{port}"):
+        await make_supervisor(home, parts, lambda _: None).run(lambda: None)
+
+
 async def test_a_second_stop_kills_at_once(home: Home) -> None:
     async with supervised(home, [program("stubborn", STUBBORN, stop_timeout_s=60)]) as run:
         run.supervisor.stop()

@@ -85,10 +85,11 @@ def test_bytes_of_an_array_that_look_like_opcodes_are_not_opcodes(tmp_path: Path
         b"cposix\nsystem\n(S'id'\ntR.",
         b"(cposix\nsystem\nS'id'\no.",
         b"\x80\x04" + text("joblib.parallel") + text("os.system") + b"\x93.",
+        b"\x80\x04" + text("argparse") + text("_sys.exit") + b"\x93.",
         b"\x80\x04" + text("sklearn.utils") + text("joblib.externals.loky.__builtins__") + b"\x93.",
         b"\x80\x02cnumpy.testing._private.utils\nrunstring\n.",
     ],
-    ids=["memo", "long memo", "INST", "GLOBAL", "OBJ", "dotted name", "dunder", "gadget"],
+    ids=["memo", "long memo", "INST", "GLOBAL", "OBJ", "dotted name", "private alias", "dunder", "gadget"],
 )
 def test_every_way_of_importing_is_seen(content: bytes, tmp_path: Path) -> None:
     assert "pickle.forbidden_global" in rules(content, tmp_path)
