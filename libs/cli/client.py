@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
 from libs.cli.errors import CommandError, PlatformUnreachableError, RequestRefusedError, WaitTimeoutError
+
+# httpx imports its own command line, and with it rich and pygments, if it can: half of the time that `millrace` takes to start.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # None: as if it could not be imported
+
+import httpx  # noqa: E402
+
 
 Json = dict[str, Any]
 OnBytes = Callable[[int], None]
