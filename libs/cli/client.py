@@ -20,7 +20,6 @@ sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # None: a
 
 import httpx  # noqa: E402
 
-
 Json = dict[str, Any]
 OnBytes = Callable[[int], None]
 
