@@ -21,7 +21,10 @@ from opentelemetry.trace import Tracer
 from libs.settings import TelemetrySettings
 
 # The last is where faust logs the life-cycle of the services that we derive from its own.
-_NOISY_LOGGERS = ("aiokafka", "faust", "mode", "httpx", "opentelemetry", "asyncio", "kafka", "libs.messaging.faust_app")
+_NOISY_LOGGERS = ("faust", "mode", "httpx", "opentelemetry", "asyncio", "kafka", "libs.messaging.faust_app")
+
+# It repeats several errors ten times a second while the broker is away; what fails because of it is told by us, as a TransientError.
+_SILENT_LOGGER = "aiokafka"
 
 _log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default={})  # noqa: B039 - never mutated
 
@@ -108,3 +111,4 @@ def _configure_logs(service_name: str, settings: TelemetrySettings) -> None:
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     for noisy in _NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger(_SILENT_LOGGER).setLevel(logging.CRITICAL)

@@ -11,7 +11,12 @@ Name = Annotated[
     str, Field(pattern=NAME_PATTERN, description="1 to 63 letters, digits, '-' or '_'; starts and ends with a letter or digit.")
 ]
 Alias = Annotated[
-    str, Field(pattern=ALIAS_PATTERN, description="Starts with a lower-case letter, so it is never mistaken for a version number.")
+    str,
+    Field(
+        pattern=ALIAS_PATTERN,
+        description="1 to 128 letters, digits or '-'; starts with a lower-case letter, so it is never mistaken for a version number, and "
+        "ends with a lower-case letter or digit.",
+    ),
 ]
 VersionNumber = Annotated[int, Field(ge=1, description="1, 2, 3 … within a model.")]
 Percent = Annotated[int, Field(ge=0, le=100, description="Percent of an endpoint's traffic.")]

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,8 @@ MAX_EXAMPLE_BYTES = 262_144
 MAX_SPEC_BYTES = 393_216
 """A version's spec travels inside events: 384 KiB of it and a lock of 512 KiB fit the broker's 1 MiB."""
 
-Labels = dict[str, str]
+Label = Annotated[str, Field(max_length=64)]
+Labels = Annotated[dict[Label, Label], Field(max_length=64, description="Up to 64 keys with their values, each of up to 64 characters.")]
 
 
 class ArtifactFormat(StrEnum):
@@ -57,7 +58,7 @@ class VersionSpec(Contract):
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None
     description: str = Field(default="", max_length=4096)
-    labels: Labels = Field(default_factory=dict, max_length=64)
+    labels: Labels = Field(default_factory=dict)
     lineage: Lineage = Field(default_factory=Lineage)
 
     @model_validator(mode="after")

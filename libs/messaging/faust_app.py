@@ -34,9 +34,18 @@ class FaustRunner(ConsumerRunner):
     """A ConsumerRunner that reads through a faust app."""
 
     def __init__(
-        self, settings: KafkaSettings, broker: Broker, topics: Sequence[str], group: str, processor: Processor, *, grace_s: float = GRACE_S
+        self,
+        settings: KafkaSettings,
+        broker: Broker,
+        topics: Sequence[str],
+        group: str,
+        processor: Processor,
+        *,
+        concurrency: int = 1,
+        grace_s: float = GRACE_S,
     ) -> None:
-        super().__init__(broker, topics, group, processor, consumer=FaustConsumer(settings, topics, group), grace_s=grace_s)
+        consumer = FaustConsumer(settings, topics, group)
+        super().__init__(broker, topics, group, processor, consumer=consumer, concurrency=concurrency, grace_s=grace_s)
 
 
 class FaustConsumer:

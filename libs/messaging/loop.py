@@ -21,13 +21,23 @@ class Loop:
         Set by ``stop``; steps may look at it.
     grace_s
         Time the current step gets to finish, in seconds; then it is cancelled.
+    finish
+        Called last, however the steps ended; ``stop`` waits for it.
     """
 
-    def __init__(self, name: str, step: Callable[[], Awaitable[None]], stopping: asyncio.Event, grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[], Awaitable[None]],
+        stopping: asyncio.Event,
+        grace_s: float = GRACE_S,
+        finish: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._name = name
         self._step = step
         self._stopping = stopping
         self._grace_s = grace_s
+        self._finish = finish
         self._task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -57,3 +67,6 @@ class Loop:
                 await self._step()
         except StoppingError as error:
             log.info("%s: %s", self._name, error)
+        finally:
+            if self._finish is not None:
+                await self._finish()

@@ -56,8 +56,8 @@ class Processor:
     handlers
         By payload class. A type without a handler is skipped.
     dead_letter_unknown
-        Topics on which a type without a handler is dead-lettered (a command somebody waits for) instead of skipped (a fact that
-        is somebody else's business).
+        Topics on which a type without a handler, and a record without a value, is dead-lettered (a command somebody waits for) instead of
+        skipped (a fact that is somebody else's business, a tombstone).
 
     Attributes
     ----------
@@ -99,8 +99,6 @@ class Processor:
         Exception
             Anything else that a handler raises is a bug and goes up: the offset stays uncommitted and the process ends with a traceback.
         """
-        if record.value is None:
-            return []
         try:
             event = self._read(record)
         except InvalidMessage as error:
@@ -115,6 +113,10 @@ class Processor:
 
     def _read(self, record: Record) -> Event[Payload] | None:
         """The event, or None when it is none of this service's business."""
+        if record.value is None:
+            if record.topic in self._dead_letter_unknown:
+                raise InvalidMessage(f"a record without a value means nothing on {record.topic}")
+            return None
         envelope = cloudevents.read_envelope(record)
         if envelope.type not in self._handlers and record.topic not in self._dead_letter_unknown:
             log.debug("skipped %s", envelope.type)

@@ -34,7 +34,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 LINUX_LAYERS = ("death_signal", "limits", "capabilities", "no_new_privileges", "landlock", "seccomp")
 
@@ -60,23 +60,23 @@ class CageSpec:
         CPU time in seconds over the runner's whole life; then the kernel kills it.
     file_size_bytes
         Largest file it may write.
+    probe_s
+        Longest time the model may take for the made-up rows that its signature is found with, in seconds.
     open_files
         Open file descriptors.
     required
         Layers without which the runner refuses to start.
     layers
         Layers to apply at all.
-    read
-        Further paths that may be read; files the artifact needs and nobody could foresee.
     """
 
     memory_bytes: int | None = None
     cpu_s: int | None = None
     file_size_bytes: int | None = None
+    probe_s: float = 10.0
     open_files: int | None = 256
     required: tuple[str, ...] = ()
     layers: tuple[str, ...] = LINUX_LAYERS
-    read: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the form that the runner's ``--cage`` argument takes."""
@@ -85,19 +85,19 @@ class CageSpec:
     @classmethod
     def from_json(cls, text: str) -> CageSpec:
         values = json.loads(text)
-        for name in ("required", "layers", "read"):
+        for name in ("required", "layers"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)
-
-    def reading(self, *paths: str) -> CageSpec:
-        """Return a copy that may also read ``paths``."""
-        return replace(self, read=self.read + paths)
 
 
 def platform_layers() -> tuple[str, ...]:
     """Return the layers this operating system could have; a kernel may still lack one."""
     return LINUX_LAYERS if sys.platform == "linux" else ("limits",)
+
+
+REQUIRED_LAYERS = tuple(layer for layer in ("death_signal", "limits", "no_new_privileges", "seccomp") if layer in platform_layers())
+"""Without these no model is loaded, neither to try it nor to serve it. Landlock is applied where the kernel has it."""
 
 
 @dataclass
@@ -126,7 +126,7 @@ def apply(spec: CageSpec, *, artifact: str, scratch: str | None) -> CageReport:
         "limits": lambda: _limit(spec),
         "capabilities": _drop_capabilities,
         "no_new_privileges": lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1),
-        "landlock": lambda: _restrict_files(readable_paths(spec, artifact), scratch),
+        "landlock": lambda: _restrict_files(readable_paths(artifact), scratch),
         "seccomp": _filter_system_calls,
     }
     report = CageReport()
@@ -210,7 +210,10 @@ _READ_FILE, _READ_DIR, _WRITE_FILE, _TRUNCATE, _IOCTL_DEV, _EXECUTE = 1 << 2, 1 
 _CHANGE_TREE = sum(1 << bit for bit in (4, 5, 7, 8, 9, 10, 12))
 
 _SYSTEM_PATHS = (
-    "/usr",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/share",
     "/lib",
     "/lib64",
     "/etc/ld.so.cache",
@@ -232,10 +235,12 @@ _SYSTEM_PATHS = (
 )
 
 
-def readable_paths(spec: CageSpec, artifact: str) -> list[str]:
+def readable_paths(artifact: str) -> list[str]:
     """Return every path that a runner of this environment reads; a path that does not exist is left out."""
     here = os.path.dirname(os.path.abspath(__file__))
-    wanted = [*_SYSTEM_PATHS, sys.prefix, sys.base_prefix, sys.exec_prefix, here, artifact, *spec.read]
+    # Not the base prefix as a whole: that may be /usr, and a home may lie below it.
+    base = [os.path.join(prefix, part) for prefix in (sys.base_prefix, sys.base_exec_prefix) for part in ("bin", "lib", "lib64", "share")]
+    wanted = [*_SYSTEM_PATHS, sys.prefix, *base, here, artifact]
     return [path for path in dict.fromkeys(wanted) if path and os.path.exists(path)]
 
 
@@ -283,6 +288,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     # Reaching other machines and processes. A runner is handed its listening socket; accept() needs no socket().
     "socket": (41, 198),
     "connect": (42, 203),
+    "socketpair": (53, 199),  # a pair of datagram sockets can send to any socket that has a path
     "bind": (49, 200),
     "listen": (50, 201),
     "io_uring_setup": (425, 425),
@@ -309,7 +315,11 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "tkill": (200, 130),
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
-    # Owner and mode of files: Landlock does not govern them.
+    # Owner, mode and times of files: Landlock does not govern them.
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -370,7 +380,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "syslog": (103, 116),
 }
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT64 = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
+_CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT64, _PRCTL = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261), (157, 167)
 _CLONE_THREAD = 0x00010000
 _X32_BIT = 0x40000000
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -404,6 +414,14 @@ def build_filter(machine: str, pid: int) -> bytes:
     for number in (_KILL[column], _TGKILL[column]):
         program += _unless_first_argument(number, [(_JUMP_EQUAL, pid)], errno.EPERM)
     program += _unless_first_argument(_PRLIMIT64[column], [(_JUMP_EQUAL, pid), (_JUMP_EQUAL, 0)], errno.EPERM)
+    program += [
+        # It dies with its supervisor, whatever the model says.
+        (_JUMP_EQUAL, 0, 4, _PRCTL[column]),
+        (_LOAD, 0, 0, _OFFSET_FIRST_ARGUMENT),
+        (_JUMP_EQUAL, 0, 1, _PR_SET_PDEATHSIG),
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     for numbers in _DENIED.values():
         number_or_none = numbers[column]
         if number_or_none is not None:

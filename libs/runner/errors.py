@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 MAX_MESSAGE_CHARACTERS = 500
+
+_END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 class InvalidInputError(Exception):
@@ -15,7 +19,8 @@ class LoadError(Exception):
     Attributes
     ----------
     kind
-        ``missing_module``, ``missing_name``, ``forbidden``, ``memory``, ``not_a_model``, ``unknown_format`` or ``load_failed``.
+        ``missing_module``, ``missing_name``, ``forbidden``, ``memory``, ``not_a_model``, ``unknown_format``,
+        ``timeout`` or ``load_failed``.
     module
         The module that is missing, if that is what happened.
     """
@@ -38,3 +43,8 @@ def describe_exception(error: object) -> str:
         text = "(its text cannot be shown)"
     line = " ".join(text.split())
     return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[: MAX_MESSAGE_CHARACTERS - 1] + "…"
+
+
+def first_sentence(error: object) -> str:
+    """Return the first sentence of an exception's text, without its full stop; libraries like to give advice after it."""
+    return _END_OF_SENTENCE.split(describe_exception(error), maxsplit=1)[0].rstrip(".")

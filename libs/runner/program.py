@@ -18,10 +18,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cage
 from .errors import LoadError, describe_exception
+
+if TYPE_CHECKING:
+    from .formats import Model
 
 MAX_WARNINGS = 20
 
@@ -90,7 +93,7 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
             warnings.simplefilter("default")
             _expect_plain_arrays()
             model = open_model(options.format, options.artifact)
-            signature = model.describe()
+            signature = _describe(model, cage.CageSpec.from_json(options.cage).probe_s, ready, report)
     except LoadError as error:
         traceback.print_exc()
         _say(ready, {"ready": False, "error": error.to_dict(), "cage": report.to_dict()})
@@ -111,6 +114,23 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
         },
     )
     return server.run()
+
+
+def _describe(model: Model, limit_s: float, ready: Any, report: cage.CageReport) -> dict[str, Any]:
+    """Return the signature; a model that does not answer made-up rows in time cannot be interrupted, so the process ends."""
+
+    def give_up() -> None:
+        error = LoadError("timeout", f"the model did not answer made-up rows within {limit_s:g} s")
+        _say(ready, {"ready": False, "error": error.to_dict(), "cage": report.to_dict()})
+        os._exit(4)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return model.describe()
+    finally:
+        timer.cancel()
 
 
 def _expect_plain_arrays() -> None:

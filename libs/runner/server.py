@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import InvalidInputError, describe_exception
+from .errors import InvalidInputError, first_sentence
 from .formats import Model
 from .wire import Arrays, Buffer, Frame, FrameReader, WireError, decode_tensors, encode_frame, encode_tensors, parse_json_object
 
@@ -386,7 +386,7 @@ def _error(kind: str, message: str) -> dict[str, Any]:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "the model needs more memory than it is allowed"
-    text = describe_exception(error)
+    text = first_sentence(error)
     return f"the model raised {type(error).__name__}: {text}" if text else f"the model raised {type(error).__name__}"
 
 

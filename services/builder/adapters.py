@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from libs.environments import EnvironmentUnavailableError, base_python, find_uv, first_cause, make_lock, run_uv
 from libs.errors import DeadlineExceededError, InvalidArgumentError
@@ -25,7 +26,7 @@ RESOLUTION_TIMEOUT_S = 120.0
 
 
 class Resolver(Protocol):
-    """Chooses packages; the builder calls it once for every version it builds, from the event loop."""
+    """Chooses packages; the builder calls it once for every version it builds, from the event loop, for several at once."""
 
     async def resolve(self, request: EnvironmentRequest) -> EnvironmentLock:
         """The lock for a request.
@@ -94,8 +95,13 @@ class UvResolver:
         self._timeout_s = timeout_s
         self._max_age_s = max_age_s
         self._clock = clock
+        self._resolving: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def resolve(self, request: EnvironmentRequest) -> EnvironmentLock:
+        async with self._resolving.setdefault(request.key, asyncio.Lock()):
+            return await self._resolve(request)
+
+    async def _resolve(self, request: EnvironmentRequest) -> EnvironmentLock:
         remembered = self._recall(request)
         if remembered and remembered.age_s <= self._max_age_s:
             return _lock(request, remembered.lock)

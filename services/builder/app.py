@@ -36,5 +36,6 @@ def build(
     environments = environments or EnvironmentCache(settings.environments.dir, timeout_s=settings.environments.build_timeout_s)
     processor = Processor("builder", Handlers(resolver, environments).table(), clock=clock)
     if broker is not None:
-        return [ConsumerRunner(broker, [EVENTS.name], GROUP, processor)]
-    return [FaustRunner(settings.kafka, KafkaBroker(settings.kafka), [EVENTS.name], GROUP, processor)]
+        return [ConsumerRunner(broker, [EVENTS.name], GROUP, processor, concurrency=settings.concurrency)]
+    log = KafkaBroker(settings.kafka)
+    return [FaustRunner(settings.kafka, log, [EVENTS.name], GROUP, processor, concurrency=settings.concurrency)]

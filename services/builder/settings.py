@@ -11,6 +11,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BUILDER_", frozen=True)
 
+    concurrency: int = Field(2, ge=1, le=64, description="Environments built at once, for versions of different models.")
     resolution_timeout_s: float = Field(120.0, gt=0, description="Longest time one resolution may take, in seconds.")
     resolution_max_age_s: float = Field(
         7 * 86_400.0,

@@ -144,24 +144,31 @@ def shows(catalog: Catalog, command: Payload, command_id: str, fact: Payload) ->
             version = catalog.versions.get(f"{fact.model_name}@{fact.version}")
             return version is None or version.status is VersionStatus.ARCHIVED
         case EndpointCreated():
-            return fact.endpoint_name in catalog.endpoints
+            return fact.endpoint_name in catalog.endpoints or catalog.has_seen(EndpointSnapshot.topic, command_id)
         case EndpointDeleted():
             return fact.endpoint_name not in catalog.endpoints
         case DeploymentRequested():
             deployment = catalog.deployments.get(fact.deployment_id)
             joined = fact.endpoint_name in catalog.endpoints and fact.deployment_id in catalog.endpoints[fact.endpoint_name].deployment_ids
-            return deployment is not None and deployment.generation >= fact.generation and joined
+            current = deployment is not None and deployment.generation >= fact.generation
+            return (current and joined) or _overtaken(catalog, command_id)
         case DeploymentRemovalRequested():
             deployment = catalog.deployments.get(fact.deployment_id)
             left = fact.endpoint_name not in catalog.endpoints or (
                 fact.deployment_id not in catalog.endpoints[fact.endpoint_name].deployment_ids
             )
-            return left and (deployment is None or deployment.status is DeploymentStatus.REMOVING)
+            stops = deployment is None or deployment.status is DeploymentStatus.REMOVING
+            return (left and stops) or _overtaken(catalog, command_id)
         case TrafficChanged():
             endpoint = catalog.endpoints.get(fact.endpoint_name)
             return endpoint is None or endpoint.traffic == fact.traffic or catalog.has_seen(EndpointSnapshot.topic, command_id)
         case _:
             return True
+
+
+def _overtaken(catalog: Catalog, command_id: str) -> bool:
+    """Whether what a command made of a deployment and its endpoint was seen, whatever became of them since."""
+    return catalog.has_seen(DeploymentSnapshot.topic, command_id) and catalog.has_seen(EndpointSnapshot.topic, command_id)
 
 
 def _aliased(catalog: Catalog, model_name: str, aliases: tuple[str, ...], version: int | None) -> bool:

@@ -141,7 +141,7 @@ class Management:
     async def create_endpoint(self, body: bodies.NewEndpoint, wait_s: float | None) -> Answer:
         """Create an endpoint."""
         command = CreateEndpoint(endpoint_name=body.name, labels=body.labels, description=body.description)
-        return await self._submit(command, wait_s, lambda _: Answer(201, endpoint_view(self.catalog, body.name)))
+        return await self._submit(command, wait_s, lambda fact: Answer(201, self._endpoint(body.name, fact)))
 
     async def delete_endpoint(self, endpoint: str, force: bool, wait_s: float | None) -> Answer:
         """Delete an endpoint with its deployments."""
@@ -163,8 +163,8 @@ class Management:
         )
 
         def view(fact: Payload) -> Answer:
-            deployment_id = fact.deployment_id if isinstance(fact, DeploymentRequested) else ""
-            return Answer(201, deployment_view(self.catalog, self.catalog.deployments[deployment_id]))
+            deployment = self.catalog.deployments.get(fact.deployment_id) if isinstance(fact, DeploymentRequested) else None
+            return Answer(201, deployment_view(self.catalog, deployment) if deployment else fact.model_dump(mode="json"))
 
         return await self._submit(command, wait_s, view)
 
@@ -190,7 +190,7 @@ class Management:
                 raise InvalidArgumentError(f"the split names deployment {deployment_id!r} twice")
             traffic[deployment_id] = percent
         command = SetTraffic(endpoint_name=endpoint, traffic=traffic)
-        return await self._submit(command, wait_s, lambda _: Answer(200, endpoint_view(self.catalog, endpoint)))
+        return await self._submit(command, wait_s, lambda fact: Answer(200, self._endpoint(endpoint, fact)))
 
     # Operations, events, dead letters
 
@@ -239,6 +239,10 @@ class Management:
             return Answer(202, operation)
         answer = view(outcome.fact)
         return Answer(answer.status, {**answer.view, "operation_id": outcome.command_id})
+
+    def _endpoint(self, name: str, fact: Payload) -> View:
+        """The endpoint as it is now; when it is gone again, what the fact says of it."""
+        return endpoint_view(self.catalog, name) if name in self.catalog.endpoints else fact.model_dump(mode="json")
 
     async def _artifact(self, body: bodies.UploadedArtifact) -> Artifact:
         try:

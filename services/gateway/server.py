@@ -5,8 +5,10 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
+import orjson
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from libs.errors import ConfigurationError
 from services.gateway.health import Health
@@ -30,7 +32,7 @@ class HttpServer:
         config = uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -82,6 +84,15 @@ class HttpServer:
                 f"cannot listen on {self._host}:{self.port}: {error.strerror}; set GATEWAY_HTTP_PORT to a port that is free"
             ) from error
         return listener
+
+
+class _Protocol(HttpToolsProtocol):
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
+        """Answer what is no HTTP in JSON, like every other error."""
+        body = orjson.dumps({"error": "the request is not valid HTTP"})
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % len(body) + body)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):

@@ -87,9 +87,10 @@ def set_traffic(state: State, command: SetTraffic, context: Context) -> Decision
     if total != 100:
         raise invalid(f"the traffic of endpoint {endpoint.endpoint_name!r} must sum to 100, not {total}")
     for deployment_id, share in command.traffic.items():
-        if deployment_id not in endpoint.deployment_ids:
+        deployment = state.deployments.get(deployment_id)
+        if deployment is None or deployment_id not in endpoint.deployment_ids:
             raise not_found(f"endpoint {endpoint.endpoint_name!r} has no deployment {deployment_id!r}")
-        status = state.deployments[deployment_id].status
+        status = deployment.status
         if share and status not in (DeploymentStatus.READY, DeploymentStatus.DEGRADED):
             raise conflict(f"deployment {deployment_id!r} is {status}; it cannot take traffic")
     return _split(endpoint, {name: share for name, share in command.traffic.items() if share}, context, always=True)
@@ -102,8 +103,8 @@ def delete(state: State, command: DeleteEndpoint, context: Context) -> Decision:
         split = ", ".join(f"{name} {share} %" for name, share in endpoint.traffic.items())
         raise conflict(f"endpoint {endpoint.endpoint_name!r} takes traffic ({split}); force to delete it with its deployments")
     decision = Decision()
-    for deployment_id in endpoint.deployment_ids:
-        decision += _removal(state.deployments[deployment_id], context)
+    for deployment in state.deployments_of(endpoint.endpoint_name):
+        decision += _removal(deployment, context)
     gone = Deletion(EndpointSnapshot, endpoint.endpoint_name)
     return decision + Decision((EndpointDeleted(endpoint_name=endpoint.endpoint_name),), (gone,))
 

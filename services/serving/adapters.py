@@ -254,8 +254,9 @@ def _delete(deployment_id: str) -> None:
 
 
 def _status() -> dict[str, ActualDeployment]:
-    applications = _controller_details()
+    # The table first: a replica that announces itself in between is listed without an address until the next look, and not forgotten.
     table = _table()
+    applications = _controller_details()
     _forget_dead(applications, table)
     return {deployment_id: _actual(deployment_id, details, table) for deployment_id, details in applications.items()}
 

@@ -8,7 +8,7 @@ from libs.environments import EnvironmentCache
 from libs.inference.client import RunnerClient
 from libs.inference.supervisor import RunnerExit, RunnerProcess, RunnerSpec
 from libs.inference.tokens import runner_token
-from libs.runner.cage import CageSpec
+from libs.runner.cage import REQUIRED_LAYERS, CageSpec
 from libs.settings import ArtifactSettings
 from services.serving import adapters
 from services.serving.keeper import Announcement, RunnerKeeper
@@ -89,7 +89,9 @@ class ModelReplica:
             address=adapters.listen_address(places.listen, self._directory),
             scratch=scratch,
             log=adapters.runner_log(spec.deployment_id, self._replica_id),
-            cage=CageSpec(memory_bytes=spec.limits.memory_bytes),
+            cage=CageSpec(
+                memory_bytes=spec.limits.memory_bytes, file_size_bytes=spec.limits.file_size_bytes, required=REQUIRED_LAYERS
+            ),
             threads=spec.limits.threads,
             start_timeout_s=spec.limits.start_timeout_s,
         )

@@ -45,8 +45,10 @@ def build(
     )
     processor = Processor("validator", Handlers(tools).table(), clock=clock)
     log = broker or KafkaBroker(settings.kafka)
-    topics = [EVENTS.name]
+    topics, concurrency = [EVENTS.name], settings.concurrency
     consumer: Component = (
-        ConsumerRunner(log, topics, GROUP, processor) if broker is not None else FaustRunner(settings.kafka, log, topics, GROUP, processor)
+        ConsumerRunner(log, topics, GROUP, processor, concurrency=concurrency)
+        if broker is not None
+        else FaustRunner(settings.kafka, log, topics, GROUP, processor, concurrency=concurrency)
     )
     return [workplace, SandboxCheck(workplace, settings.limits), Follower(log, [STATE_VERSIONS.name], versions.apply), consumer]

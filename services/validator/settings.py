@@ -12,9 +12,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="VALIDATOR_", frozen=True)
 
+    concurrency: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="Versions of different models handled at once; each trial may take the limits below, and more trials than cores make "
+        "measured latencies longer.",
+    )
     expanded_max_bytes: int = Field(8 * 2**30, ge=1, description="Largest content of a compressed artifact after decompression, in bytes.")
     load_timeout_s: float = Field(60.0, gt=0, description="Longest time a model may take to load, in seconds.")
-    predict_timeout_s: float = Field(10.0, gt=0, description="Longest time a model may take to answer its example, in seconds.")
+    predict_timeout_s: float = Field(
+        10.0, gt=0, description="Longest time a model may take to answer its example, or made-up rows, in seconds."
+    )
     cpu_limit_s: int = Field(120, ge=1, description="CPU time that one trial may use, in seconds.")
     memory_limit_bytes: int = Field(4 * 2**30, ge=64 * 2**20, description="Memory that a model may allocate in its trial, in bytes.")
     latency_runs: int = Field(20, ge=0, description="Predictions made to measure latency.")
@@ -31,6 +40,7 @@ class Settings(BaseSettings):
         return TrialLimits(
             load_s=self.load_timeout_s,
             predict_s=self.predict_timeout_s,
+            probe_s=self.predict_timeout_s,
             cpu_s=self.cpu_limit_s,
             memory_bytes=self.memory_limit_bytes,
             latency_runs=self.latency_runs,

@@ -1,6 +1,7 @@
 """The second gate: the version loads and answers, caged, in the environment that was built for it."""
 
 import asyncio
+import secrets
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,15 +18,12 @@ from libs.inference.client import RunnerClient
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerStartError
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.supervisor import RunnerProcess, RunnerSpec
-from libs.runner.cage import CageSpec, platform_layers
+from libs.runner.cage import REQUIRED_LAYERS, CageSpec
 from libs.runner.wire import NUMPY_DTYPES, Arrays
 from schemas.inference import Signature, TensorSpec
 from schemas.registry import MAX_EXAMPLE_BYTES, ArtifactFormat
 from schemas.validation import Finding, Measurements
 from services.validator.rules import rejection, rejections, warning
-
-REQUIRED_LAYERS = tuple(layer for layer in ("death_signal", "limits", "no_new_privileges", "seccomp") if layer in platform_layers())
-"""Landlock is applied where the kernel has it; a kernel without it must not make every model fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,8 @@ class TrialLimits:
     ----------
     load_s, predict_s
         Longest time to become ready and to answer one request, in seconds.
+    probe_s
+        Longest time to answer the made-up rows that the signature is found with, in seconds; part of ``load_s``.
     cpu_s
         CPU time of the whole trial, in seconds.
     memory_bytes
@@ -46,6 +46,7 @@ class TrialLimits:
 
     load_s: float = 60.0
     predict_s: float = 10.0
+    probe_s: float = 10.0
     cpu_s: int = 120
     memory_bytes: int = 4 * 2**30
     file_size_bytes: int = 64 * 2**20
@@ -54,7 +55,13 @@ class TrialLimits:
 
     @property
     def cage(self) -> CageSpec:
-        return CageSpec(memory_bytes=self.memory_bytes, cpu_s=self.cpu_s, file_size_bytes=self.file_size_bytes, required=REQUIRED_LAYERS)
+        return CageSpec(
+            memory_bytes=self.memory_bytes,
+            cpu_s=self.cpu_s,
+            file_size_bytes=self.file_size_bytes,
+            probe_s=self.probe_s,
+            required=REQUIRED_LAYERS,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,7 @@ def _runner_spec(trial: Trial, folder: Path) -> RunnerSpec:
         artifact=trial.artifact,
         format=trial.format.value,
         runner_id="trial",
-        token=folder.name,
+        token=secrets.token_hex(16),
         address="tcp:127.0.0.1:0",
         scratch=scratch,
         log=folder / "log",
@@ -234,7 +241,11 @@ async def _ask(client: RunnerClient, inputs: Arrays, outputs: tuple[str, ...] | 
 
 
 async def _measure(client: RunnerClient, request: InferRequest, first: InferResponse, limits: TrialLimits) -> tuple[list[float], bool]:
-    """Ask again and again; return the seconds each answer took, and whether all were the same."""
+    """Ask again and again; return the seconds each answer took, and whether all were the same.
+
+    Other trials may run at the same time (``VALIDATOR_CONCURRENCY``): with more of them than cores, answers take longer than they would
+    alone.
+    """
     latencies: list[float] = []
     steady = True
     deadline = time.monotonic() + limits.latency_s

@@ -5,7 +5,7 @@ import contextlib
 import json
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -40,15 +40,15 @@ class Case:
     topic: str
     group: str = field(default_factory=lambda: f"group-{uuid.uuid4().hex[:8]}")
 
-    def runner(self, handler, *, dead_letter_unknown=(), retry=SOON, grace_s=GRACE_S):
+    def runner(self, handler, *, dead_letter_unknown=(), retry=SOON, grace_s=GRACE_S, **options):
         processor = Processor("tester", {CreateEndpoint: handler}, dead_letter_unknown=dead_letter_unknown, retry=retry, clock=lambda: NOW)
         match self.kind:
             case "consumer":
-                return ConsumerRunner(self.log.broker, [self.topic], self.group, processor, grace_s=grace_s)
+                return ConsumerRunner(self.log.broker, [self.topic], self.group, processor, grace_s=grace_s, **options)
             case "transactional":
                 return TransactionalRunner(self.log.broker, [self.topic], self.group, processor, nothing, grace_s=grace_s)
             case _:
-                return FaustRunner(self.log.settings, self.log.broker, [self.topic], self.group, processor, grace_s=grace_s)
+                return FaustRunner(self.log.settings, self.log.broker, [self.topic], self.group, processor, grace_s=grace_s, **options)
 
     async def send(self, *records: Record) -> None:
         producer = self.log.broker.producer()
@@ -60,12 +60,18 @@ class Case:
         await self.send(*[command(self.topic, name) for name in names])
 
     async def published(self, topic: str) -> list[cloudevents.Event]:
-        """Events on a shared topic that this case's records led to."""
+        """Events on a shared topic that this case's records led to.
+
+        Read up to a record of our own: a transaction is visible only some time after it was committed, but before what was written later.
+        """
+        last = replace(command(self.topic, "last", uuid.uuid4().hex, correlation_id="last"), topic=topic)
+        await self.send(last)
         reader = self.log.broker.reader([topic])
         await reader.start()
-        ends, records = await reader.end_offsets(), []
-        while not await reader.is_at(ends):
-            records += await reader.get_many(1000, 0.2)
+        records: list[Record] = []
+        async with asyncio.timeout(20):
+            while all(record.header("ce_id") != last.header("ce_id") for record in records):
+                records += await reader.get_many(1000, 0.2)
         await reader.stop()
         events = [cloudevents.read(record) for record in records]
         return [event for event in events if self.topic in (event.correlation_id, getattr(event.data, "origin_topic", None))]
@@ -79,13 +85,27 @@ async def case(request) -> Case:
     return Case(log, kind, topic)
 
 
+@pytest.fixture(params=[param for param in CASES if param.values[0][1] != "transactional"])
+async def concurrent(request) -> Case:
+    """Of the runners only those that can handle several records at once."""
+    broker, kind = request.param
+    log = open_log(broker, request)
+    (topic,) = await log.topics(1)
+    return Case(log, kind, topic)
+
+
 async def nothing() -> None:
     return None
 
 
-def command(topic: str, name: str, event_id: str | None = None) -> Record:
+def command(topic: str, name: str, event_id: str | None = None, correlation_id: str | None = None) -> Record:
     event = cloudevents.Event(
-        event_id or f"{topic}-{name}", CreateEndpoint.event_type, "/test", NOW, CreateEndpoint(endpoint_name=name), topic
+        event_id or f"{topic}-{name}",
+        CreateEndpoint.event_type,
+        "/test",
+        NOW,
+        CreateEndpoint(endpoint_name=name),
+        correlation_id or topic,
     )
     return cloudevents.write(event, topic)
 
@@ -105,10 +125,15 @@ async def running(runner):
 
 
 class Handler:
-    """Records what it is given; does what ``script`` says for a name."""
+    """Records what it is given; does what ``script`` says for a name.
+
+    ``busy`` are the names it is at work on, ``most_busy`` is how many those were at most.
+    """
 
     def __init__(self, script: dict[str, Callable[[], Awaitable[object]]] | None = None) -> None:
         self.names: list[str] = []
+        self.busy: set[str] = set()
+        self.most_busy = 0
         self._script = script or {}
         self._changed = asyncio.Condition()
 
@@ -117,8 +142,13 @@ class Handler:
         async with self._changed:
             self.names.append(name)
             self._changed.notify_all()
-        if name in self._script:
-            await self._script[name]()
+        self.busy.add(name)
+        self.most_busy = max(self.most_busy, len(self.busy))
+        try:
+            if name in self._script:
+                await self._script[name]()
+        finally:
+            self.busy.discard(name)
         return [EndpointCreated(endpoint_name=name)]
 
     async def has(self, name: str, times: int = 1) -> None:
@@ -285,3 +315,102 @@ async def test_a_runner_that_is_given_nothing_stops_at_once(case):
     async with asyncio.timeout(10), running(case.runner(Handler())) as task:
         pass
     assert task.exception() is None
+
+
+async def test_a_record_that_takes_long_holds_up_only_those_of_its_key(concurrent):
+    release = asyncio.Event()
+    handler = Handler({"a": release.wait})
+    topic = concurrent.topic
+    await concurrent.send(command(topic, "a"), replace(command(topic, "a2"), key=b"a"), command(topic, "b"), command(topic, "c"))
+    async with running(concurrent.runner(handler, concurrency=2)):
+        await handler.has("c")
+        assert handler.names == ["a", "b", "c"]
+        release.set()
+        await handler.has("a2")
+    assert handler.names == ["a", "b", "c", "a2"]
+
+
+async def test_no_more_records_than_agreed_are_handled_at_once(concurrent):
+    release = asyncio.Event()
+    handler = Handler(dict.fromkeys("abcd", release.wait))
+    await concurrent.send_commands("a", "b", "c", "d", "e")
+    async with running(concurrent.runner(handler, concurrency=3)):
+        await handler.has("c")
+        assert handler.names == ["a", "b", "c"]
+        release.set()
+        await handler.has("e")
+    assert handler.most_busy == 3
+
+
+async def test_by_default_the_next_record_waits_for_the_one_before_whatever_its_key(concurrent):
+    handler = Handler(dict.fromkeys("abc", lambda: asyncio.sleep(0.01)))
+    await concurrent.send_commands("a", "b", "c", "d")
+    async with running(concurrent.runner(handler)):
+        await handler.has("d")
+    assert (handler.names, handler.most_busy) == (["a", "b", "c", "d"], 1)
+
+
+async def test_a_crash_has_everything_handled_again_from_the_first_unfinished_record_on(concurrent):
+    await concurrent.send_commands("a", "b")
+    first = Handler()
+    async with running(concurrent.runner(first, concurrency=2)):
+        await first.has("b")
+    await concurrent.send_commands("slow", "c", "d", "crash", "e")
+    crashing = Handler({"slow": asyncio.Event().wait, "crash": fails(RuntimeError("a bug"))})
+    async with running(concurrent.runner(crashing, concurrency=2)) as task:
+        await asyncio.wait({task}, timeout=10)
+        with pytest.raises(RuntimeError, match="a bug"):
+            task.result()
+    assert crashing.names == ["slow", "c", "d", "crash"]
+    assert crashing.busy == set(), "what was being handled has been given back"
+    handler = Handler()
+    async with running(concurrent.runner(handler)):
+        await handler.has("e")
+    assert handler.names == ["slow", "c", "d", "crash", "e"]
+    events = {event.id: event.data.endpoint_name for event in await concurrent.published(EVENTS.name)}
+    assert sorted(events.values()) == ["a", "b", "c", "crash", "d", "e", "slow"], "what a repeat leads to has the same ids again"
+
+
+async def test_a_stop_lets_all_records_that_are_being_handled_finish_and_begins_no_other(concurrent):
+    release = asyncio.Event()
+    handler = Handler(dict.fromkeys("ab", release.wait))
+    await concurrent.send_commands("a", "b", "c")
+    runner = concurrent.runner(handler, concurrency=2)
+    await runner.start()
+    task = asyncio.create_task(runner.run())
+    async with asyncio.timeout(20):
+        await handler.has("b")
+        stopping = asyncio.create_task(runner.stop())
+        await asyncio.sleep(0)
+        release.set()
+        await stopping
+        await task
+    assert handler.names == ["a", "b"]
+    again = Handler()
+    async with running(concurrent.runner(again)):
+        await again.has("c")
+    assert again.names == ["c"]
+
+
+async def test_a_stop_gives_back_what_does_not_finish_and_what_came_after_it(concurrent):
+    handler = Handler({"b": asyncio.Event().wait})
+    await concurrent.send_commands("a", "b", "c")
+    async with running(concurrent.runner(handler, concurrency=2, grace_s=0.2)):
+        await handler.has("c")
+    assert handler.busy == set()
+    again = Handler()
+    async with running(concurrent.runner(again)):
+        await again.has("c")
+    assert again.names == ["b", "c"]
+
+
+async def test_a_record_that_waits_for_an_error_to_pass_holds_up_no_other_key_and_no_stop(concurrent):
+    await concurrent.send_commands("a", "b", "c")
+    handler = Handler({"a": fails(TransientError("the store is away"))})
+    async with asyncio.timeout(20), running(concurrent.runner(handler, concurrency=2, retry=Retry(first_s=60, longest_s=60))) as task:
+        await handler.has("c")
+    assert task.exception() is None
+    again = Handler()
+    async with running(concurrent.runner(again)):
+        await again.has("c")
+    assert again.names == ["a", "b", "c"]

@@ -97,3 +97,10 @@ def test_an_invalid_traceparent_is_none(traceparent):
 
 def test_a_valid_traceparent_stays_as_it_is():
     assert telemetry.checked_traceparent(TRACEPARENT) == TRACEPARENT
+
+
+def test_what_aiokafka_repeats_while_the_broker_is_away_is_left_to_our_own_lines(lines):
+    logged = lines("text")
+    logging.getLogger("aiokafka.conn").error("Unable connect to node")
+    logging.getLogger("libs.messaging.retry").warning("attempt 1 failed")
+    assert logged().count("\n") == 1

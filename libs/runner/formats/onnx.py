@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from ..errors import InvalidInputError, LoadError, describe_exception
+from ..errors import InvalidInputError, LoadError, describe_exception, first_sentence
 from ..wire import Arrays
 
 _DATATYPES = {
@@ -27,6 +28,15 @@ _DATATYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+_NOISE = re.compile(
+    r"^\[ONNXRuntimeError\] : \d+ : \w+ : "
+    r"|Load model from .* failed:"
+    r"|\S+\.(?:cc|cpp|h):\d+ (?:[^()\"']*::~?\w+\((?:[^()]|\([^()]*\))*\)(?: const)?|\w+)\s"
+    r"|(?:This is an i|I)nvalid model\. "
+    r"|\s*Please fix either the inputs/outputs or the model\."
+)
+"""What ONNX Runtime puts around a reason: its name and code, the file, the place in its source with the function's signature, advice."""
+
 _PROBABILITIES = ("seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))")
 
 
@@ -37,7 +47,20 @@ def load(path: str) -> OnnxModel:
     options.intra_op_num_threads = int(threads) if threads.isdigit() else 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return OnnxModel(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        if "External data path" in str(error):
+            raise LoadError("not_a_model", "the graph keeps tensors in other files, and an artifact is one file") from error
+        raise LoadError("load_failed", f"the graph cannot be loaded: {first_sentence(_reason(error))}") from error
+    return OnnxModel(session)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what ONNX Runtime says without what it puts around it."""
+    return _NOISE.sub("", describe_exception(error)).rstrip(".")
 
 
 class OnnxModel:
@@ -62,7 +85,7 @@ class OnnxModel:
         try:
             answers = self._session.run(list(outputs), feed)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise InvalidInputError(describe_exception(error)) from error
+            raise InvalidInputError(_reason(error)) from error
         return {name: self._array(name, answer) for name, answer in zip(outputs, answers)}
 
     def _array(self, name: str, answer: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidInputError, LoadError, describe_exception
+from ..errors import InvalidInputError, LoadError, first_sentence
 from ..wire import Arrays, WireError, datatype_of
 
 INPUT_NAME = "input"
@@ -76,7 +76,7 @@ class SklearnModel:
             answer = getattr(self._estimator, method)(self._frame(values))
         except ValueError as error:
             if type(error).__name__ != _NOT_FITTED and _is_about_input(error):
-                raise InvalidInputError(describe_exception(error)) from error
+                raise InvalidInputError(first_sentence(error)) from error
             raise
         return answer.toarray() if hasattr(answer, "toarray") else np.asarray(answer)
 

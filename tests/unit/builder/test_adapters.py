@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,13 @@ def _remembered(tmp_path: Path) -> list[Path]:
 
 def _exists(path: Path) -> bool:
     return path.exists()
+
+
+async def test_equal_requirements_asked_for_at_once_are_resolved_once(tmp_path: Path, clock: Clock) -> None:
+    count = tmp_path / "count"
+    lock = f"pump==1.0 --hash=sha256:{'0' * 64}"
+    uv = program(tmp_path / "uv", f"echo . >> {count}; echo '{lock}'")
+    resolver = UvResolver(tmp_path / "resolutions", uv=uv, clock=clock)
+    first, second = await asyncio.gather(resolver.resolve(_request("pump")), resolver.resolve(_request("pump")))
+    assert first == second
+    assert count.read_text().splitlines() == ["."]

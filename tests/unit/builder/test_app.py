@@ -119,6 +119,21 @@ async def test_an_equal_environment_is_used_again(
     assert [answer.data.reused for answer in answers] == [False, True]
 
 
+async def test_a_build_that_takes_long_holds_up_no_other_model(memory_broker: MemoryBroker, clock: Clock, resolver: FakeResolver) -> None:
+    ends = asyncio.Event()
+
+    class Slow(FakeEnvironments):
+        async def ensure(self, lock: EnvironmentLock) -> Path:
+            if len(resolver.asked) < 2:
+                await ends.wait()
+            ends.set()
+            return await super().ensure(lock)
+
+    other = _inspected().model_copy(update={"model_name": "wine"})
+    answers = await _answers(memory_broker, clock, resolver, Slow(), _inspected(), other)
+    assert [answer.data.model_name for answer in answers] == ["wine", "iris"]
+
+
 async def test_requirements_that_cannot_be_met_end_the_version_with_the_reason(
     memory_broker: MemoryBroker, clock: Clock, environments: FakeEnvironments
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from libs.errors import TransientError
 from libs.messaging import cloudevents
-from schemas.registry import CreateEndpoint, DeploymentStatus
+from schemas.registry import CreateEndpoint, DeleteEndpoint, DeploymentStatus, DeployVersion, UndeployVersion
 from schemas.serving import DeploymentRemoved
 from schemas.topics import COMMANDS, DLQ
 from tests.unit.gateway.conftest import NOW
@@ -91,7 +91,12 @@ async def test_a_version_without_its_artifact_is_refused(world):
         ("POST", "/api/v1/models/m/versions", {"artifact": {**ARTIFACT, "size": 1}}, "the field 'artifact.size' is not known"),
         ("POST", "/api/v1/models/m/versions", {}, "'artifact' is missing"),
         ("POST", "/api/v1/models/m/versions", {"artifact": {**ARTIFACT, "sha256": "x"}}, "64 lower-case hexadecimal digits"),
-        ("POST", "/api/v1/models/m/versions", {"artifact": ARTIFACT, "aliases": ["1"]}, "never mistaken for a version number"),
+        (
+            "POST",
+            "/api/v1/models/m/versions",
+            {"artifact": ARTIFACT, "aliases": ["1"]},
+            "1 to 128 letters, digits or '-'; starts with a lower-case",
+        ),
         ("POST", "/api/v1/models/m/versions", {"artifact": ARTIFACT, "format": "exe"}, "format"),
         ("POST", "/api/v1/models/m/versions", {"artifact": ARTIFACT, "example": {"rows": []}}, "exactly one of 'instances'"),
         ("POST", "/api/v1/models/m/versions", [], "the body"),
@@ -99,13 +104,21 @@ async def test_a_version_without_its_artifact_is_refused(world):
         ("POST", "/api/v1/endpoints", {"name": "a" * 300}, "1 to 63 letters"),
         ("POST", "/api/v1/endpoints", {"name": "é"}, "1 to 63 letters"),
         ("POST", "/api/v1/endpoints", {"name": 7}, "name"),
+        ("POST", "/api/v1/endpoints", {"name": "e", "labels": {"a": "x" * 65}}, "labels.a: string should have at most 64 characters"),
+        ("POST", "/api/v1/endpoints", {"name": "e", "labels": {"x" * 65: "a"}}, "at most 64 characters"),
+        (
+            "POST",
+            "/api/v1/endpoints",
+            {"name": "e", "labels": {str(n): "" for n in range(65)}},
+            "labels: dictionary should have at most 64",
+        ),
         ("POST", "/api/v1/endpoints/e/deployments", {"model": "m", "trafic_percent": 5}, "the field 'trafic_percent' is not known"),
         ("POST", "/api/v1/endpoints/e/deployments", {"model": "m", "traffic_percent": 101}, "traffic_percent"),
         ("POST", "/api/v1/endpoints/e/deployments", {"model": "m", "version": 1, "alias": "prod"}, "a version or an alias, not both"),
         ("POST", "/api/v1/endpoints/e/deployments", {"model": "m", "min_replicas": 3, "max_replicas": 2}, "less than min_replicas"),
         ("PUT", "/api/v1/endpoints/e/traffic", {"traffic": {}}, "traffic"),
         ("PUT", "/api/v1/models/m/aliases/prod", {"version": 0}, "version"),
-        ("PUT", "/api/v1/models/m/aliases/Prod", {"version": 1}, "not an alias"),
+        ("PUT", "/api/v1/models/m/aliases/Prod", {"version": 1}, "not an alias: 1 to 128 letters"),
     ],
 )
 async def test_a_bad_body_is_a_400_with_one_sentence(world, method, path, body, says):
@@ -181,6 +194,57 @@ async def test_the_life_of_a_deployment(world):
     assert (await world.http.delete("/api/v1/endpoints/cancer")).status_code == 200
     assert (await world.http.get("/api/v1/endpoints/cancer")).status_code == 404
     assert (await world.http.get("/api/v1/endpoints")).json() == {"endpoints": []}
+
+
+def overtake(world, *commands_and_facts):
+    """Let the next command be followed at once by others, so that the gateway sees what they led to all together."""
+    events = [cloudevents.new_event(data, "/someone", now=NOW) for data in commands_and_facts]
+    producer = world.gateway.components[1]._producer
+
+    async def send(records):
+        await world.broker.append([*records, *[cloudevents.write(event) for event in events]])
+
+    producer.send = send
+
+
+async def test_a_deployment_that_is_being_removed_again_is_shown_so(world):
+    await world.validated("m")
+    await world.http.post("/api/v1/endpoints", json={"name": "e"})
+    overtake(world, UndeployVersion(endpoint_name="e", deployment_id="e.m.1"))
+    answer = await world.http.post("/api/v1/endpoints/e/deployments", json={"model": "m"})
+    assert (answer.status_code, answer.json()["status"]) == (201, "removing")
+
+
+async def test_a_deployment_that_is_gone_again_is_answered_with_what_was_decided(world):
+    await world.validated("m")
+    await world.http.post("/api/v1/endpoints", json={"name": "e"})
+    gone = DeploymentRemoved(endpoint_name="e", deployment_id="e.m.1", generation=2)
+    overtake(world, UndeployVersion(endpoint_name="e", deployment_id="e.m.1"), gone)
+    answer = await world.http.post("/api/v1/endpoints/e/deployments", json={"model": "m"})
+    assert (answer.status_code, answer.json()["deployment_id"], answer.json()["generation"]) == (201, "e.m.1", 1)
+    assert (await world.http.get("/api/v1/endpoints/e")).json()["deployments"] == []
+
+
+async def test_a_removal_that_was_overtaken_by_a_deployment_is_answered(world):
+    await world.validated("m")
+    await world.http.post("/api/v1/endpoints", json={"name": "e"})
+    await world.http.post("/api/v1/endpoints/e/deployments", json={"model": "m"})
+    overtake(world, DeployVersion(endpoint_name="e", model_name="m"))
+    answer = await world.http.delete("/api/v1/endpoints/e/deployments/e.m.1")
+    assert (answer.status_code, answer.json()["status"]) == (200, "pending")
+
+
+async def test_an_endpoint_that_is_gone_again_is_answered_with_what_was_decided(world):
+    overtake(world, DeleteEndpoint(endpoint_name="e"))
+    answer = await world.http.post("/api/v1/endpoints", json={"name": "e", "labels": {"team": "a"}})
+    assert (answer.status_code, answer.json()["endpoint_name"], answer.json()["labels"]) == (201, "e", {"team": "a"})
+
+
+async def test_a_split_of_an_endpoint_that_is_gone_again_is_answered_with_what_was_decided(world):
+    await world.deployed(0.0)
+    overtake(world, DeleteEndpoint(endpoint_name="cancer", force=True))
+    answer = await world.http.put("/api/v1/endpoints/cancer/traffic", json={"traffic": {"1": 100}})
+    assert (answer.status_code, answer.json()["traffic"]) == (200, {"cancer.cancer.1": 100})
 
 
 async def test_the_lock_is_shown_on_request(world):

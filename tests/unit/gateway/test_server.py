@@ -177,3 +177,10 @@ async def test_a_missing_runner_key_refuses_to_start(tmp_path, make):
         with pytest.raises(ConfigurationError, match=r"the runner key .* cannot be read"):
             async with running([runners]):
                 pass
+
+
+async def test_what_is_not_http_is_a_400_in_json(served):
+    head, _, body = (await raw(served, b"NONSENSE\r\n\r\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"content-type: application/json" in head.split(b"\r\n")
+    assert json.loads(body) == {"error": "the request is not valid HTTP"}

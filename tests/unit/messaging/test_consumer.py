@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from libs.errors import TransientError
+from libs.messaging import consumer
 from libs.messaging.consumer import ConsumerRunner, TransactionalRunner
 from libs.messaging.errors import FencedError
 from libs.messaging.memory import MemoryBroker
@@ -62,6 +63,37 @@ async def test_a_commit_that_fails_is_made_up_for_by_the_next():
     running = asyncio.create_task(runner.run())
     await until(lambda: not failures)
     await until(lambda: broker.committed("g", COMMANDS.name) == 1)
+    await runner.stop()
+    await running
+
+
+async def test_nothing_more_is_read_while_too_much_waits_behind_a_slow_record(monkeypatch):
+    monkeypatch.setattr(consumer, "_IN_HAND_RECORDS", 3)
+    monkeypatch.setattr(consumer, "_BATCH_RECORDS", 1)
+    broker, release, read = MemoryBroker(), asyncio.Event(), []
+
+    async def slow(event):
+        await release.wait()
+        return []
+
+    runner = ConsumerRunner(broker, [COMMANDS.name], "g", Processor("tester", {CreateEndpoint: slow}), concurrency=2)
+    get_many = runner._consumer.get_many
+
+    async def counted(max_records, timeout_s):
+        records = await get_many(max_records, timeout_s)
+        read.extend(records)
+        return records
+
+    runner._consumer.get_many = counted
+    await broker.append([write(create_endpoint("a", str(number))) for number in range(6)])
+    await runner.start()
+    running = asyncio.create_task(runner.run())
+    await until(lambda: len(read) == 3)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(read) == 3
+    release.set()
+    await until(lambda: broker.committed("g", COMMANDS.name) == 6)
     await runner.stop()
     await running
 

@@ -11,6 +11,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from libs import telemetry
 from libs.errors import InvalidMessage, TransientError
 from libs.messaging import cloudevents
+from libs.messaging.dead_letter import original
 from libs.messaging.errors import StoppingError
 from libs.messaging.memory import MemoryBroker
 from libs.messaging.processing import Processor, Seen
@@ -18,7 +19,7 @@ from libs.messaging.publishing import publish
 from libs.messaging.records import MAX_RECORD_BYTES, Record
 from libs.messaging.retry import Retry
 from schemas.registry import CreateEndpoint, EndpointCreated, VersionRegistered
-from schemas.topics import COMMANDS, EVENTS
+from schemas.topics import COMMANDS, DLQ, EVENTS
 from tests.unit.messaging.events import NOW, TRACEPARENT, binary, create_endpoint, write
 
 FAST = Retry(first_s=0.001, longest_s=0.001)
@@ -68,8 +69,15 @@ async def test_two_facts_of_one_type_about_one_entity_have_two_ids():
     assert cloudevents.read(first).id != cloudevents.read(second).id
 
 
-async def test_tombstones_are_skipped():
-    assert await processor(created).process(cloudevents.tombstone(COMMANDS.name, "churn")) == []
+async def test_tombstones_are_skipped_where_facts_are():
+    assert await processor(created).process(cloudevents.tombstone(EVENTS.name, "churn")) == []
+
+
+async def test_a_command_without_a_value_is_dead_lettered():
+    record = cloudevents.tombstone(COMMANDS.name, "churn")
+    dead = await processor(created, dead_letter_unknown={COMMANDS.name}).process(record)
+    assert (letter(dead).error, letter(dead).cause) == ("InvalidMessage", f"a record without a value means nothing on {COMMANDS.name}")
+    assert (dead[0].topic, original(letter(dead))) == (DLQ.name, record)
 
 
 async def test_a_repeat_leads_to_nothing_and_the_same_id_from_another_source_is_no_repeat():

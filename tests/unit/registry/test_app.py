@@ -7,7 +7,16 @@ from datetime import UTC, datetime
 from libs.messaging import cloudevents
 from libs.messaging.memory import MemoryBroker
 from libs.messaging.records import Record
-from schemas.registry import Artifact, CommandRefused, CreateEndpoint, DeleteEndpoint, RegisterVersion, VersionRegistered, VersionSpec
+from schemas.registry import (
+    ArchiveVersion,
+    Artifact,
+    CommandRefused,
+    CreateEndpoint,
+    DeleteEndpoint,
+    RegisterVersion,
+    VersionRegistered,
+    VersionSpec,
+)
 from schemas.topics import COMMANDS, DLQ, EVENTS, STATE, STATE_ENDPOINTS, STATE_VERSIONS
 from services.registry.app import GROUP, build
 from services.registry.handlers import HandledCommands
@@ -81,12 +90,12 @@ async def test_a_refusal_is_a_fact_with_its_reason():
 
 async def test_a_command_whose_snapshot_no_record_can_hold_is_refused_and_changes_nothing():
     broker = MemoryBroker()
-    huge = CreateEndpoint(endpoint_name="huge", labels={"a": "x" * 1_048_000})
+    huge = REGISTER.model_copy(update={"model_name": "huge", "aliases": tuple(f"a{number:0127}" for number in range(7_800))})
     async with registry(broker):
-        await broker.append([command(huge, "c1"), command(DeleteEndpoint(endpoint_name="huge"), "c2")])
+        await broker.append([command(huge, "c1"), command(ArchiveVersion(model_name="huge", version=1), "c2")])
     first, second = await said(broker)
-    assert (first.data.kind, first.data.reason) == ("invalid", "'huge' would take 1048164 bytes; its state may take 1032192")
-    assert second.data.reason == "there is no endpoint 'huge'"
+    assert (first.data.kind, first.data.reason) == ("invalid", "'huge' would take 1037524 bytes; its state may take 1032192")
+    assert second.data.reason == "there is no model 'huge'"
     assert not broker.records(DLQ.name)
 
 

@@ -262,6 +262,14 @@ def test_a_split_must_sum_to_100_and_name_deployments_that_answer(serving):
     assert serving.refused(unknown).kind is RefusalKind.NOT_FOUND
 
 
+def test_an_endpoint_that_names_a_deployment_nobody_knows_can_still_be_split_and_deleted(serving):
+    ghost = serving.state.endpoints["flowers"].model_copy(update={"deployment_ids": ("flowers.iris.1", "flowers.ghost.1")})
+    serving.state.apply([ghost])
+    assert serving.refused(SetTraffic(endpoint_name="flowers", traffic={"flowers.ghost.1": 100})).kind is RefusalKind.NOT_FOUND
+    serving.do(DeleteEndpoint(endpoint_name="flowers", force=True))
+    assert "flowers" not in serving.state.endpoints
+
+
 def test_a_deployed_version_cannot_be_archived(serving):
     error = serving.refused(ArchiveVersion(model_name="iris", version=1))
     assert error.message == "version 1 of 'iris' is deployed to flowers; undeploy it first"

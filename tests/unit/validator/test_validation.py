@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from libs.errors import TransientError
@@ -15,10 +16,20 @@ from schemas.registry import ArtifactFormat
 from schemas.validation import Severity
 from services.validator.validation import Trial, TrialLimits, Validation, quantile, validate
 from tests.unit.runner.models import Call, Source, on_request, row_sums, write
+from tests.unit.runner.models import model as model_of
 from tests.unit.validator.files import fitted, saved, written
 
 LIMITS = TrialLimits(load_s=20, predict_s=1.0, cpu_s=20, memory_bytes=1 << 30, latency_runs=5, latency_s=0.5)
 V1_EXAMPLE = {"instances": [[1.0, 2.0, 3.0]]}
+
+
+def graph(ir_version: int = 8) -> bytes:
+    """An ONNX graph that answers what it is given."""
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, 3]) for name in ("X", "Y")]
+    body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["X"], ["Y"])], "g", ends[:1], ends[1:])
+    content = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=ir_version).SerializeToString()
+    assert isinstance(content, bytes)
+    return content
 
 
 async def tried(value: Any, tmp_path: Path, **changes: Any) -> Validation:
@@ -137,6 +148,26 @@ async def test_a_load_that_hangs_is_ended(tmp_path: Path) -> None:
 
     verdict = await tried(Call(time.sleep, 100), tmp_path, limits=replace(LIMITS, load_s=1.0))
     assert verdict.reason == "the model did not load within 1 s"
+
+
+@pytest.mark.parametrize("predict", ["lambda X: __import__('time').sleep(100)", "lambda X: [0 for _ in iter(int, 1)]"])
+async def test_a_predict_that_hangs_on_made_up_rows_is_found_before_the_load_limit(predict: str, tmp_path: Path) -> None:
+    verdict = await tried(model_of(predict), tmp_path, limits=replace(LIMITS, probe_s=1.0))
+    assert verdict.reason == "the model did not answer made-up rows within 1 s"
+    assert verdict.findings[0].evidence["kind"] == "timeout"
+
+
+async def test_what_scikit_learn_says_of_an_example_is_its_first_sentence(tmp_path: Path) -> None:
+    verdict = await tried(saved(fitted(), tmp_path / "m"), tmp_path, example={"instances": [[float("nan"), 1.0]]})
+    assert verdict.reason == "the model refuses its example: Input X contains NaN"
+
+
+async def test_a_graph_that_does_not_load_is_told_without_paths_and_signatures(tmp_path: Path) -> None:
+    path = written(graph(ir_version=99), tmp_path / "m")
+    verdict = await tried(path, tmp_path, format=ArtifactFormat.ONNX)
+    assert verdict.reason == "the graph cannot be loaded: Unsupported model IR version: 99, max supported IR version: 13"
+    verdict = await tried(written(graph()[:-9], tmp_path / "m"), tmp_path, format=ArtifactFormat.ONNX)
+    assert verdict.reason == "the graph cannot be loaded: Protobuf parsing failed"
 
 
 async def test_a_missing_module_is_named_in_the_evidence(tmp_path: Path) -> None:

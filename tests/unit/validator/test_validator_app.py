@@ -25,7 +25,9 @@ from schemas.topics import DLQ, EVENTS
 from schemas.validation import Gate, VersionInspected, VersionRejected, VersionValidated
 from services.validator import adapters
 from services.validator.app import GROUP, build
+from services.validator.rules import rejection
 from services.validator.settings import Settings
+from services.validator.validation import Trial, Validation
 from tests.unit.runner.models import row_sums
 from tests.unit.validator.files import fitted, saved
 
@@ -171,6 +173,25 @@ async def test_a_built_version_waits_for_what_is_known_of_it(memory_broker: Memo
         await memory_broker.append([cloudevents.write(cloudevents.new_event(snapshot(artifact), "/millrace/registry", now=NOW))])
     assert isinstance(cloudevents.read(memory_broker.records(EVENTS.name)[-1]).data, VersionValidated)
     assert memory_broker.records(DLQ.name) == ()
+
+
+async def test_a_model_that_hangs_holds_up_no_other(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
+    artifact = await stored(store, pickle.dumps(row_sums()))
+    other = snapshot(artifact).model_copy(update={"model_name": "wine", "spec": VersionSpec(artifact=artifact, example=None)})
+    hangs, ends = asyncio.Event(), asyncio.Event()
+
+    async def attempt(trial: Trial, work_dir: Path) -> Validation:
+        if trial.example is None:
+            ends.set()
+        else:
+            hangs.set()
+            await ends.wait()
+        return Validation(findings=(rejection("trial.start", "it does not load"),))
+
+    facts = (snapshot(artifact), other, BUILT, BUILT.model_copy(update={"model_name": "wine"}))
+    verdicts = await said(memory_broker, store, tmp_path / "home", *facts, attempt=attempt)
+    assert hangs.is_set()
+    assert {verdict.model_name for verdict in verdicts} == {"iris", "wine"}
 
 
 async def test_an_environment_that_cannot_be_installed_is_rejected(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
