@@ -73,12 +73,15 @@ class VersionSpec(Contract):
 
 
 class RegisterVersion(Command):
-    """Register an uploaded artifact as the next version of a model (creating the model if it is new)."""
+    """Register an uploaded artifact as the next version of a model (creating the model if it is new).
+
+    The aliases move to the version when it is validated, so a file that turns out bad takes none away from a good version.
+    """
 
     event_type = "millrace.registry.version.register.v1"
     model_name: Name
     spec: VersionSpec
-    aliases: tuple[Alias, ...] = ()
+    aliases: tuple[Alias, ...] = Field(default=(), max_length=64)
 
     @property
     def entity(self) -> str:
@@ -399,6 +402,7 @@ class VersionSnapshot(Payload):
     measurements: Measurements | None = None
     findings: tuple[Finding, ...] = ()
     reason: str | None = Field(default=None, description="Why it was rejected or could not be built; one sentence.")
+    pending_aliases: tuple[Alias, ...] = Field(default=(), description="Aliases that point here once the version is validated.")
     stage_times: dict[str, datetime] = Field(default_factory=dict)
     correlation_id: str | None = None
     created_at: datetime

@@ -30,9 +30,9 @@ from libs.cli import output
 from libs.cli.client import Client, Json
 from libs.cli.endpoints import deploy_version
 from libs.cli.errors import CommandError
-from libs.cli.local import Progress, banner
 from libs.cli.models import upload_version
 from libs.cli.plain_kafka import Listener, Message, PlainKafka, cloudevent_headers
+from libs.cli.progress import Progress, banner
 from libs.cli.session import Session, connect, send_spans, trace_provider
 from libs.cli.settings import CliSettings
 from libs.cli.traces import Jaeger, tree

@@ -1,18 +1,16 @@
 """``millrace up``, ``down``, ``status``, ``doctor`` and ``demo``: the platform on this machine."""
 
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from libs.cli import output
+from libs.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from libs.local.platform import Notice, PlatformStatus
+    from libs.local.platform import PlatformStatus
     from libs.local.settings import LocalSettings
-    from libs.local.supervisor import Event
 
 BrokerName = Literal["auto", "kafka", "embedded"]
 HomeOption = Annotated[Path | None, typer.Option("--home", help="Directory of the platform's state; default ./.millrace or MILLRACE_HOME.")]
@@ -98,37 +96,6 @@ def local_settings(home: Path | None, broker: BrokerName | None = None) -> "Loca
 
     given: dict[str, Any] = {"home": home or CliSettings().home, "broker": broker}
     return read_settings(lambda: LocalSettings(**{name: value for name, value in given.items() if value is not None}))
-
-
-class Progress:
-    """Says each part as it becomes ready, and what goes wrong on the way."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._is_ready = False
-
-    def __call__(self, said: "Event | Notice") -> None:
-        from libs.local.platform import Notice
-        from libs.local.supervisor import State
-
-        if isinstance(said, Notice):
-            banner(said.text) if said.is_loud else output.note(f"  {said.text}")
-        elif said.state is State.READY:
-            output.say(f"  {said.part:<12} ready {output.duration(said.elapsed_s):>9}")
-        elif said.state is State.EXITED:
-            output.note(f"  {said.part:<12} {said.detail}")
-        sys.stdout.flush()
-
-    def all_ready(self, status: "PlatformStatus", ending: str) -> None:
-        """Say that everything is ready, and where."""
-        output.say(f"ready in {output.duration(time.monotonic() - self._began)}: {status.gateway}  (API page at /docs; {ending})")
-        sys.stdout.flush()
-
-
-def banner(text: str) -> None:
-    """Something that must not be overlooked."""
-    rule = "!" * 78
-    output.note(f"\n{rule}\n{text}\n{rule}\n")
 
 
 def _show_status(found: "PlatformStatus") -> None:

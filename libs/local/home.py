@@ -71,7 +71,7 @@ class Home:
         """
         try:
             for directory in (self.root, self.run, self.logs, self.root / "artifacts", self.root / "environments", self.root / "cache"):
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.root / "secrets").mkdir(mode=0o700, exist_ok=True)
             (self.root / "secrets").chmod(0o700)
             _create_secret(self.runner_key)

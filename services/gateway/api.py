@@ -7,6 +7,7 @@ import orjson
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -29,12 +30,11 @@ Force = Annotated[bool, Query(description="Also when it takes traffic.")]
 
 def create_api(management: Management) -> FastAPI:
     """The application; every error it answers is ``{"error": sentence}``."""
-    api = FastAPI(
+    api = FastAPIOffline(
         title="Millrace",
         version="1",
         description='Management API of the gateway. Every error is `{"error": "one sentence"}`.',
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         telemetry={"tracing": False},  # the front has the server span
     )

@@ -131,12 +131,13 @@ def shows(catalog: Catalog, command: Payload, command_id: str, fact: Payload) ->
     by the snapshot that names the command as its cause.
     """
     match fact:
-        case VersionRegistered() | VersionAlreadyRegistered():
+        case VersionRegistered():
+            return f"{fact.model_name}@{fact.version}" in catalog.versions and fact.model_name in catalog.models
+        case VersionAlreadyRegistered():
             aliases = command.aliases if isinstance(command, RegisterVersion) else ()
-            known = f"{fact.model_name}@{fact.version}" in catalog.versions and fact.model_name in catalog.models
-            return known and (
-                _aliased(catalog, fact.model_name, aliases, fact.version) or catalog.has_seen(ModelSnapshot.topic, command_id)
-            )
+            version = catalog.versions.get(f"{fact.model_name}@{fact.version}")
+            moved = _aliased(catalog, fact.model_name, aliases, fact.version) or catalog.has_seen(ModelSnapshot.topic, command_id)
+            return version is not None and (version.status is not VersionStatus.VALIDATED or moved)
         case AliasSet():
             aliased = _aliased(catalog, fact.model_name, (fact.alias,), fact.version)
             return aliased or catalog.has_seen(ModelSnapshot.topic, command_id)

@@ -65,6 +65,8 @@ ROUTES = (
     HttpRoute("POST", "/v2/models/{model}/infer", Permission.PREDICT, Door.PLAIN),
     HttpRoute("POST", "/v2/models/{model}/versions/{version}/infer", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/docs", Permission.READ, Door.API),
+    HttpRoute("GET", "/docs/oauth2-redirect", Permission.READ, Door.API),
+    HttpRoute("GET", "/static-offline-docs/{file}", Permission.READ, Door.API),
     HttpRoute("GET", "/openapi.json", Permission.READ, Door.API),
     HttpRoute("POST", "/api/v1/artifacts", Permission.MANAGE, Door.API_STREAM),
     HttpRoute("GET", "/api/v1/models", Permission.READ, Door.API),

@@ -37,8 +37,7 @@ def register(state: State, command: RegisterVersion, context: Context) -> Decisi
     model = state.models.get(name)
     existing = next((version for version in state.versions_of(name) if _same_content(version, command.spec)), None)
     if model is not None and existing is not None:
-        moved = _aliased(model, command.aliases, existing.version, context)
-        return Decision((VersionAlreadyRegistered(model_name=name, version=existing.version),)) + moved
+        return _registered_again(model, existing, command, context)
     if model is None:
         model = ModelSnapshot(model_name=name, latest_version=0, created_at=context.now, updated_at=context.now)
     number = model.latest_version + 1
@@ -47,14 +46,25 @@ def register(state: State, command: RegisterVersion, context: Context) -> Decisi
         version=number,
         status=VersionStatus.REGISTERED,
         spec=command.spec,
+        pending_aliases=command.aliases,
         stage_times={VersionStatus.REGISTERED: context.now},
         correlation_id=context.correlation_id,
         created_at=context.now,
         updated_at=context.now,
     )
     grown = model.model_copy(update={"latest_version": number, "updated_at": context.now})
-    registered = Decision((VersionRegistered(model_name=name, version=number, spec=command.spec),), (version, grown))
-    return registered + _aliased(grown, command.aliases, number, context)
+    return Decision((VersionRegistered(model_name=name, version=number, spec=command.spec),), (version, grown))
+
+
+def _registered_again(model: ModelSnapshot, version: VersionSnapshot, command: RegisterVersion, context: Context) -> Decision:
+    fact = VersionAlreadyRegistered(model_name=version.model_name, version=version.version)
+    if not command.aliases:
+        return Decision((fact,))
+    _check_usable(version)
+    if version.status is VersionStatus.VALIDATED:
+        return Decision((fact,)) + _aliased(model, command.aliases, version.version, context)
+    pending = tuple(dict.fromkeys((*version.pending_aliases, *command.aliases)))
+    return Decision((fact,), (version.model_copy(update={"pending_aliases": pending, "updated_at": context.now}),))
 
 
 def set_alias(state: State, command: SetAlias, context: Context) -> Decision:
@@ -66,9 +76,7 @@ def set_alias(state: State, command: SetAlias, context: Context) -> Decision:
         aliases = {alias: version for alias, version in model.aliases.items() if alias != command.alias}
         fact = AliasSet(model_name=command.model_name, alias=command.alias, version=None, previous_version=model.aliases[command.alias])
         return Decision((fact,), (model.model_copy(update={"aliases": aliases, "updated_at": context.now}),))
-    version = state.version(command.model_name, command.version)
-    if version.status in (VersionStatus.REJECTED, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED):
-        raise conflict(f"version {version.version} of {version.model_name!r} is {version.status}; an alias cannot point at it")
+    _check_usable(state.version(command.model_name, command.version))
     return _aliased(model, (command.alias,), command.version, context)
 
 
@@ -126,7 +134,7 @@ def build_failed(state: State, outcome: VersionBuildFailed, context: Context) ->
 def validated(state: State, outcome: VersionValidated, context: Context) -> Decision:
     """The version loads and answers; it can be deployed."""
     found = state.versions.get(f"{outcome.model_name}@{outcome.version}")
-    return _outcome(
+    decision = _outcome(
         state,
         outcome.model_name,
         outcome.version,
@@ -135,7 +143,11 @@ def validated(state: State, outcome: VersionValidated, context: Context) -> Deci
         signature=outcome.signature,
         measurements=outcome.measurements,
         findings=(found.findings if found else ()) + outcome.findings,
+        pending_aliases=(),
     )
+    if found is None or not decision.changes:
+        return decision
+    return decision + _aliased(state.model(outcome.model_name), found.pending_aliases, outcome.version, context)
 
 
 def rejected(state: State, outcome: VersionRejected, context: Context) -> Decision:
@@ -171,6 +183,11 @@ def _same_content(version: VersionSnapshot, spec: VersionSpec) -> bool:
         and mine.artifact.sha256 == spec.artifact.sha256
         and (mine.format, mine.requirements, mine.example) == (spec.format, spec.requirements, spec.example)
     )
+
+
+def _check_usable(version: VersionSnapshot) -> None:
+    if version.status in (VersionStatus.REJECTED, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED):
+        raise conflict(f"version {version.version} of {version.model_name!r} is {version.status}; an alias cannot point at it")
 
 
 def _aliased(model: ModelSnapshot, aliases: tuple[str, ...], number: int, context: Context) -> Decision:

@@ -89,9 +89,7 @@ class ModelReplica:
             address=adapters.listen_address(places.listen, self._directory),
             scratch=scratch,
             log=adapters.runner_log(spec.deployment_id, self._replica_id),
-            cage=CageSpec(
-                memory_bytes=spec.limits.memory_bytes, file_size_bytes=spec.limits.file_size_bytes, required=REQUIRED_LAYERS
-            ),
+            cage=CageSpec(memory_bytes=spec.limits.memory_bytes, file_size_bytes=spec.limits.file_size_bytes, required=REQUIRED_LAYERS),
             threads=spec.limits.threads,
             start_timeout_s=spec.limits.start_timeout_s,
         )

@@ -35,7 +35,7 @@ class Versions:
         self._by_entity: dict[str, VersionSnapshot] = {}
 
     def apply(self, record: Record) -> None:
-        """Take a record of the state topic; one that cannot be read is skipped, the registry will write it again."""
+        """Take a record of the state topic; one that cannot be read is skipped."""
         if record.value is None:
             self._by_entity.pop((record.key or b"").decode("utf-8", "replace"), None)
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 from libs import telemetry
 from libs.artifacts.store import ArtifactCorruptError, ArtifactNotFoundError, ArtifactStore
 from libs.environments import ImpossibleEnvironmentError
-from libs.errors import InvalidArgumentError, TransientError
+from libs.errors import InvalidArgumentError, InvalidMessage, TransientError
 from libs.messaging.cloudevents import Event
 from libs.messaging.processing import Handler
 from schemas.base import Payload
@@ -21,6 +21,8 @@ from services.validator.adapters import Environments, Versions, Workplace
 from services.validator.inspection import Inspection, inspect
 from services.validator.rules import most_important, rejection, rejections
 from services.validator.validation import Trial, TrialLimits, Validation, validate
+
+_SNAPSHOT_POLL_S = 0.05
 
 Try = Callable[[Trial, Path], Awaitable[Validation]]
 
@@ -41,6 +43,7 @@ class Tools:
     limits: TrialLimits
     expanded_max_bytes: int
     attempt: Try = try_in_runner
+    snapshot_wait_s: float = 60.0
 
 
 class Handlers:
@@ -85,12 +88,12 @@ class Handlers:
         Raises
         ------
         TransientError
-            The registry's snapshot of the version was not read yet, or this machine cannot try it now.
+            This machine cannot try it now.
+        InvalidMessage
+            The registry knows no such version.
         """
         version = event.data
-        known = self._tools.versions.get(version.model_name, version.version)
-        if known is None:
-            raise TransientError(f"nothing is known yet of version {version.version} of {version.model_name}")
+        known = await self._known(version)
         with telemetry.tracer().start_as_current_span("validate version") as span:
             try:
                 async with self._fetched(known.spec.artifact) as path:
@@ -102,6 +105,16 @@ class Handlers:
                 return [_rejected(version, Gate.VALIDATION, (rejection("trial.environment", error.message),))]
             span.set_attribute("millrace.verdict", "validated" if verdict.accepted else "rejected")
         return [_validated(version, verdict)]
+
+    async def _known(self, version: VersionBuilt) -> VersionSnapshot:
+        """Return the registry's snapshot of a version; fact and snapshot come from two topics, so it may be read a little later."""
+        try:
+            async with asyncio.timeout(self._tools.snapshot_wait_s):
+                while (known := self._tools.versions.get(version.model_name, version.version)) is None:  # noqa: ASYNC110 - milliseconds, once
+                    await asyncio.sleep(_SNAPSHOT_POLL_S)
+                return known
+        except TimeoutError as error:
+            raise InvalidMessage(f"the registry knows no version {version.version} of {version.model_name!r}") from error
 
     async def _try(self, path: Path, known: VersionSnapshot, version: VersionBuilt) -> Validation:
         python = await self._tools.environments.ensure(version.environment)

@@ -57,8 +57,8 @@ async def test_registering_a_version_shows_it_at_once(world):
     answer = await world.http.post("/api/v1/models/cancer/versions", json=body)
     view = answer.json()
     assert answer.status_code == 201
-    assert (view["version"], view["status"], view["aliases"], view["spec"]["labels"]) == (1, "registered", ["prod"], {"team": "a"})
-    shown = (await world.http.get("/api/v1/models/cancer/versions/prod")).json()
+    assert (view["version"], view["status"], view["pending_aliases"], view["spec"]["labels"]) == (1, "registered", ["prod"], {"team": "a"})
+    shown = (await world.http.get("/api/v1/models/cancer/versions/1")).json()
     assert shown == {name: value for name, value in view.items() if name != "operation_id"}
     assert (await world.http.get("/api/v1/models/cancer")).json()["versions"] == [{"version": 1, "status": "registered"}]
     assert [model["model_name"] for model in (await world.http.get("/api/v1/models")).json()["models"]] == ["cancer"]
@@ -310,7 +310,8 @@ async def test_a_command_that_cannot_be_handled_is_in_the_dead_letters_and_can_b
 
 
 async def test_events_are_kept_and_can_be_filtered(world):
-    first = await world.http.post("/api/v1/models/m/versions", json={"artifact": await world.upload(), "aliases": ["prod"]})
+    first = await world.http.post("/api/v1/models/m/versions", json={"artifact": await world.upload()})
+    await world.http.put("/api/v1/models/m/aliases/prod", json={"version": 1})
     await world.http.post("/api/v1/endpoints", json={"name": "e"})
 
     async def types(**filters):
@@ -322,7 +323,7 @@ async def test_events_are_kept_and_can_be_filtered(world):
     assert await types(entity="m@1") == ["registered", "was_set"]
     assert await types(entity="m@2") == []
     assert await types(type="*.endpoint.*") == ["created"]
-    assert await types(correlation_id=first.json()["operation_id"]) == ["registered", "was_set"]
+    assert await types(correlation_id=first.json()["operation_id"]) == ["registered"]
     (event,) = (await world.http.get("/api/v1/events", params={"entity": "e"})).json()["events"]
     assert event["specversion"] == "1.0"
     assert event["causationid"] == event["correlationid"]

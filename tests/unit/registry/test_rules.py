@@ -28,7 +28,7 @@ from schemas.registry import (
     VersionStatus,
 )
 from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
-from schemas.validation import Measurements, VersionInspected, VersionValidated
+from schemas.validation import Measurements, VersionInspected, VersionRejected, VersionValidated
 from services.registry.errors import RefusedError
 from services.registry.handlers import COMMAND_RULES, OUTCOME_RULES
 from services.registry.state import Context, State
@@ -112,9 +112,29 @@ def test_versions_count_up_within_a_model(world):
 
 def test_the_same_content_again_is_answered_with_the_existing_version(world):
     world.register()
+    world.validate()
     facts = world.do(RegisterVersion(model_name="iris", spec=_spec(), aliases=("prod",)))
     assert [type(fact) for fact in facts] == [VersionAlreadyRegistered, AliasSet]
     assert world.state.models["iris"].aliases == {"prod": 1}
+
+
+def test_aliases_move_when_the_version_is_validated_and_not_before(serving):
+    serving.do(SetAlias(model_name="iris", alias="prod", version=1))
+    serving.do(RegisterVersion(model_name="iris", spec=_spec("c"), aliases=("prod",)))
+    serving.do(RegisterVersion(model_name="iris", spec=_spec("c"), aliases=("next",)))
+    assert serving.state.models["iris"].aliases == {"prod": 1}
+    serving.validate(version=3)
+    assert serving.state.models["iris"].aliases == {"prod": 3, "next": 3}
+    assert serving.state.versions["iris@3"].pending_aliases == ()
+
+
+def test_a_rejected_upload_leaves_the_alias_where_it_was(serving):
+    serving.do(SetAlias(model_name="iris", alias="prod", version=1))
+    command = RegisterVersion(model_name="iris", spec=_spec("c"), aliases=("prod",))
+    serving.do(command)
+    serving.do(VersionRejected(model_name="iris", version=3, gate="inspection", reason="it is a text file"))
+    assert serving.state.models["iris"].aliases == {"prod": 1}
+    assert serving.refused(command).message == "version 3 of 'iris' is rejected; an alias cannot point at it"
 
 
 def test_the_same_artifact_with_other_requirements_is_another_version(world):

@@ -14,7 +14,7 @@ import pytest
 
 from libs.artifacts.memory import MemoryStore
 from libs.environments import ImpossibleEnvironmentError, make_lock
-from libs.errors import ConfigurationError
+from libs.errors import ConfigurationError, InvalidMessage
 from libs.messaging import cloudevents
 from libs.messaging.memory import MemoryBroker
 from libs.settings import ProcessSettings
@@ -24,7 +24,9 @@ from schemas.registry import Artifact, ArtifactFormat, VersionRegistered, Versio
 from schemas.topics import DLQ, EVENTS
 from schemas.validation import Gate, VersionInspected, VersionRejected, VersionValidated
 from services.validator import adapters
+from services.validator.adapters import Versions, Workplace
 from services.validator.app import GROUP, build
+from services.validator.handlers import Handlers, Tools
 from services.validator.rules import rejection
 from services.validator.settings import Settings
 from services.validator.validation import Trial, Validation
@@ -173,6 +175,13 @@ async def test_a_built_version_waits_for_what_is_known_of_it(memory_broker: Memo
         await memory_broker.append([cloudevents.write(cloudevents.new_event(snapshot(artifact), "/millrace/registry", now=NOW))])
     assert isinstance(cloudevents.read(memory_broker.records(EVENTS.name)[-1]).data, VersionValidated)
     assert memory_broker.records(DLQ.name) == ()
+
+
+async def test_an_event_about_a_version_that_nobody_registered_is_given_up(store: MemoryStore, tmp_path: Path) -> None:
+    tools = Tools(Versions(), store, OwnEnvironment(), Workplace(tmp_path), Settings().limits, 1 << 20, snapshot_wait_s=0.1)
+    event = cloudevents.new_event(BUILT, "/millrace/builder", now=NOW)
+    with pytest.raises(InvalidMessage, match="the registry knows no version 1 of 'iris'"):
+        await Handlers(tools).built(event)
 
 
 async def test_a_model_that_hangs_holds_up_no_other(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
