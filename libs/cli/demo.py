@@ -186,13 +186,14 @@ def check_cloudevent(kafka: PlainKafka, trained: Trained) -> None:
     with kafka.listen(results) as answers:
         started = time.monotonic()
         headers = cloudevent_headers(request_id, REQUEST_TYPE, telemetry.current_traceparent())
-        kafka.publish(requests, request_id, {"instances": trained.samples.tolist()}, headers)
+        kafka.publish(requests, request_id, {"instances": trained.samples.tolist(), "outputs": ["predict_proba"]}, headers)
         kafka.flush()
         message = next((message for message in answers.read(RESULT_TIMEOUT_S) if request_of(message) == request_id), None)
     if message is None:
         raise StepFailedError(f"no result for {request_id} arrived on {results} within {RESULT_TIMEOUT_S:.0f} s")
-    equal("labels over Kafka", completed(message).predictions, trained.labels)
-    say(f"{requests} → {results}: {len(trained.labels)} labels equal, in {output.duration(time.monotonic() - started)}")
+    took = output.duration(time.monotonic() - started)
+    equal("probabilities over Kafka", completed(message).predictions, trained.probabilities)
+    say(f"{requests} → {results}: {2 * len(trained.labels)} probabilities equal to the last bit, in {took}")
 
 
 def register_by_event(client: Client, kafka: PlainKafka, trained: Trained) -> None:

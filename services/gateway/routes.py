@@ -176,6 +176,7 @@ CHECKS: Mapping[str, Callable[[str], None]] = {
         rf"{NAME_PATTERN.strip('^$')}\.{NAME_PATTERN.strip('^$')}\.{_VERSION_PATTERN}",
         "<endpoint>.<model>.<version>",
     ),
+    "file": _checker("a file of the API page", r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", "letters, digits, '.', '_' or '-'"),
     "operation_id": _checker("an operation id", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
     "letter_id": _checker("the id of a dead letter", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
 }

@@ -65,8 +65,10 @@ def serving(servers: str, trained: Trained, serve: Serve) -> Iterator[PlainKafka
             if record is None or record.error():
                 continue
             request_id = (record.key() or b"").decode()
-            labels = trained.model.predict(json.loads(record.value() or b"")["instances"]).tolist()
-            right = {"request_id": request_id, "endpoint_name": demo.ENDPOINT, "status": "completed", "predictions": labels}
+            request = json.loads(record.value() or b"")
+            ask = trained.model.predict_proba if request.get("outputs") == ["predict_proba"] else trained.model.predict
+            predictions = ask(request["instances"]).tolist()
+            right = {"request_id": request_id, "endpoint_name": demo.ENDPOINT, "status": "completed", "predictions": predictions}
             for result in serve(right):
                 producer.produce(RESULTS.name, key=request_id, value=json.dumps(result), headers={"ce_correlationid": request_id})
             producer.poll(0)

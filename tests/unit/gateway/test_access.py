@@ -23,6 +23,7 @@ FILLED = {
     "{deployment_id}": "e.m.1",
     "{operation_id}": "o",
     "{letter_id}": "l",
+    "{file}": "swagger-ui.css",
 }
 
 
