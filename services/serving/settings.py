@@ -36,7 +36,7 @@ class Settings(BaseSettings):
         description="A model that is busy with one request for longer is taken for hung, and its runner is replaced, in seconds.",
     )
     poll_settled_s: float = Field(2.0, gt=0, description="How often Ray is asked while everything is as it should be, in seconds.")
-    poll_unsettled_s: float = Field(0.2, gt=0, description="How often Ray is asked while something is on its way, in seconds.")
+    poll_unsettled_s: float = Field(0.1, gt=0, description="How often Ray is asked while something is on its way, in seconds.")
     stream_batch_records: int = Field(256, ge=1, le=10_000, description="Most inference records taken at once from a topic.")
     stream_in_flight: int = Field(16, ge=1, le=256, description="Most inference records of one endpoint that runners are asked at once.")
     stream_timeout_s: float = Field(

@@ -126,7 +126,7 @@ async def validate(trial: Trial, start: StartRunner = RunnerProcess.start, work_
         try:
             return await _try(runner, trial)
         finally:
-            await runner.stop(grace_s=0.2)
+            await runner.stop(grace_s=0)  # it has said all there is to say
 
 
 def _runner_spec(trial: Trial, folder: Path) -> RunnerSpec:
