@@ -68,9 +68,15 @@ class RunningPlatform:
     def status(self) -> dict[str, Any]:
         return json.loads(self.cli("status", "--json", check=False).stdout)
 
-    def pid_of(self, part: str) -> int:
-        (pid,) = [row["pid"] for row in self.status()["parts"] if row["name"] == part]
-        return pid
+    def pid_of(self, part: str, timeout_s: float = 60) -> int:
+        """Process id of a part; one that is being restarted is waited for."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            (pid,) = [row["pid"] for row in self.status()["parts"] if row["name"] == part]
+            if pid is not None:
+                return int(pid)
+            time.sleep(0.2)
+        raise AssertionError(f"{part} has no process after {timeout_s} s")
 
     def processes(self) -> list[psutil.Process]:
         """Every process that carries this platform's home: in its environment, or, as runners do, in its command line."""
