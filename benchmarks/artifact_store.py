@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,23 +68,24 @@ def _run_one(name: str, size_bytes: int) -> None:
         print(json.dumps(asyncio.run(_measure(store, size_bytes, Path(directory, "fetched")))))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse options and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-mb", type=int, default=2048)
     parser.add_argument("--store", choices=["directory", "s3"], help="only this one")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        _run_one(arguments.store, arguments.size_mb * 2**20)
+    options = parser.parse_args(arguments)
+    if options.one:
+        _run_one(options.store, options.size_mb * 2**20)
         return
-    stores = [arguments.store] if arguments.store else ["directory", *(["s3"] if S3.path.exists() else [])]
+    stores = [options.store] if options.store else ["directory", *(["s3"] if S3.path.exists() else [])]
     print(f"{'store':<10} {'size':>8} {'put':>10} {'open':>10} {'fetch_to':>10} {'memory':>9}   goal ≤ {MEMORY_GOAL_MB} MB")
     for name in stores:
-        command = [sys.executable, "-m", "benchmarks.artifact_store", "--one", "--store", name, "--size-mb", str(arguments.size_mb)]
+        command = [sys.executable, "-m", "benchmarks.artifact_store", "--one", "--store", name, "--size-mb", str(options.size_mb)]
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-        speeds = " ".join(f"{arguments.size_mb / found[key]:>5.0f} MB/s" for key in ("put_s", "open_s", "fetch_s"))
+        speeds = " ".join(f"{options.size_mb / found[key]:>5.0f} MB/s" for key in ("put_s", "open_s", "fetch_s"))
         verdict = "met" if found["memory_mb"] <= MEMORY_GOAL_MB else "MISSED"
-        print(f"{name:<10} {arguments.size_mb:>5} MB {speeds} {found['memory_mb']:>6.1f} MB   {verdict}", flush=True)
+        print(f"{name:<10} {options.size_mb:>5} MB {speeds} {found['memory_mb']:>6.1f} MB   {verdict}", flush=True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,11 @@ class Platform:
 
 
 @contextmanager
-def platform(home: Path) -> Iterator[tuple[Platform, float]]:
-    """Start a platform; yields it with the seconds ``up --detach`` took, and stops it at the end."""
+def platform(home: Path, **variables: str) -> Iterator[tuple[Platform, float]]:
+    """Start a platform; yields it with the seconds ``up --detach`` took, and stops it at the end.
+
+    ``variables`` are environment variables of all its processes and of the command line, beside those that are inherited.
+    """
     port = free_port()
     environment = {
         **os.environ,
@@ -54,6 +57,7 @@ def platform(home: Path) -> Iterator[tuple[Platform, float]]:
         "GATEWAY_HTTP_PORT": str(port),
         "MILLRACE_KAFKA_PORT": str(free_port()),
         "MILLRACE_URL": f"http://127.0.0.1:{port}",
+        **variables,
     }
     started = Platform(home, f"http://127.0.0.1:{port}", environment)
     begin = time.perf_counter()

@@ -15,7 +15,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import Tracer
 
 from libs.settings import TelemetrySettings
@@ -25,6 +25,9 @@ _NOISY_LOGGERS = ("faust", "mode", "httpx", "opentelemetry", "asyncio", "kafka",
 
 # It repeats several errors ten times a second while the broker is away; what fails because of it is told by us, as a TransientError.
 _SILENT_LOGGER = "aiokafka"
+
+DECIDED = "millrace.sampled"
+"""Attribute of a new root span whose caller has decided already that it is sampled."""
 
 _log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default={})  # noqa: B039 - never mutated
 
@@ -37,12 +40,22 @@ def configure(service_name: str, settings: TelemetrySettings) -> TracerProvider:
     _configure_logs(service_name, settings)
     provider = TracerProvider(
         resource=Resource.create({"service.name": f"millrace-{service_name}", "service.namespace": "millrace"}),
-        sampler=ParentBased(TraceIdRatioBased(settings.otel_traces_sampler_arg)),
+        sampler=ParentBased(_RootSampler(settings.otel_traces_sampler_arg)),
     )
     if settings.otel_exporter_otlp_endpoint:
         provider.add_span_processor(BatchSpanProcessor(span_exporter(settings)))
     trace.set_tracer_provider(provider)
     return provider
+
+
+class _RootSampler(TraceIdRatioBased):
+    """Samples a share of the roots, and those that were sampled before they were made."""
+
+    def should_sample(self, parent_context: Context | None, trace_id: int, name: str, *arguments: Any, **named: Any) -> SamplingResult:
+        attributes = arguments[1] if len(arguments) > 1 else named.get("attributes")
+        if attributes and DECIDED in attributes:
+            return SamplingResult(Decision.RECORD_AND_SAMPLE, {key: value for key, value in attributes.items() if key != DECIDED})
+        return super().should_sample(parent_context, trace_id, name, *arguments, **named)
 
 
 def span_exporter(settings: TelemetrySettings) -> OTLPSpanExporter:

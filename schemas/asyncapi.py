@@ -21,7 +21,7 @@ _REQUESTS, _RESULTS = inference_requests("{endpoint}"), inference_results("{endp
 _PARTIES = {"anyone": "any Kafka client", "every consumer": "every service that consumes"}
 
 ENVELOPE: dict[str, dict[str, Any]] = {
-    "content-type": {"const": "application/json"},
+    "content-type": {"type": "string", "description": "`application/json`, unless the event type says otherwise."},
     "ce_specversion": {"const": "1.0"},
     "ce_id": {"type": "string", "description": "Unique per source; the same for every repeat of an event."},
     "ce_type": {"type": "string", "description": "Event type; ends in the major version of its contract."},
@@ -111,10 +111,12 @@ def _said_by(party: str, topic: Topic) -> list[str]:
 
 
 def _message(payload: type[Payload]) -> dict[str, Any]:
+    own_type = {} if payload.content_type == Payload.content_type else {"contentType": payload.content_type}
     return {
         "name": payload.event_type,
         "title": payload.__name__,
         "summary": catalogue.meaning(payload),
+        **own_type,
         "traits": [{"$ref": "#/components/messageTraits/cloudevent"}],
         "payload": {"$ref": f"#/components/schemas/{payload.__name__}"},
         "examples": [{"name": name, "payload": data} for name, data in catalogue.examples(payload.event_type).items()],

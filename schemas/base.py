@@ -41,10 +41,13 @@ class Payload(Contract):
         CloudEvents ``type``: ``millrace.<domain>.<subject>.<action>.v<major>``.
     topic
         Name of the topic the event is published to (see ``schemas.topics``).
+    content_type
+        Of the record's value; what is not JSON begins with the payload as JSON.
     """
 
     event_type: ClassVar[str]
     topic: ClassVar[str]
+    content_type: ClassVar[str] = "application/json"
 
     @property
     def entity(self) -> str:

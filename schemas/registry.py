@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from schemas.base import Alias, Command, Contract, Fact, Name, Payload, Percent, Sha256, VersionNumber
 from schemas.environment import EnvironmentLock
 from schemas.inference import Signature
+from schemas.predictions import PredictionLogSettings
 from schemas.validation import Finding, Measurements
 
 MAX_EXAMPLE_BYTES = 262_144
@@ -120,6 +121,19 @@ class CreateEndpoint(Command):
     endpoint_name: Name
     labels: Labels = Field(default_factory=dict)
     description: str = Field(default="", max_length=4096)
+    prediction_log: PredictionLogSettings | None = Field(default=None, description="null: the defaults.")
+
+    @property
+    def entity(self) -> str:
+        return self.endpoint_name
+
+
+class SetPredictionLog(Command):
+    """Set how an endpoint's requests are logged, from now on."""
+
+    event_type = "millrace.registry.endpoint.set_prediction_log.v1"
+    endpoint_name: Name
+    prediction_log: PredictionLogSettings
 
     @property
     def entity(self) -> str:
@@ -275,6 +289,20 @@ class EndpointCreated(Fact):
     endpoint_name: Name
     labels: Labels = Field(default_factory=dict)
     description: str = ""
+    prediction_log: PredictionLogSettings = Field(default_factory=PredictionLogSettings)
+
+    @property
+    def entity(self) -> str:
+        return self.endpoint_name
+
+
+class PredictionLogChanged(Fact):
+    """An endpoint's requests are logged in another way now."""
+
+    event_type = "millrace.registry.endpoint.prediction_log_changed.v1"
+    endpoint_name: Name
+    prediction_log: PredictionLogSettings
+    previous: PredictionLogSettings
 
     @property
     def entity(self) -> str:
@@ -423,6 +451,7 @@ class EndpointSnapshot(Payload):
     description: str = ""
     traffic: dict[str, Percent] = Field(default_factory=dict)
     deployment_ids: tuple[str, ...] = ()
+    prediction_log: PredictionLogSettings = Field(default_factory=PredictionLogSettings)
     created_at: datetime
     updated_at: datetime
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from schemas import dead_letter, environment, registry, serving, validation
+from schemas import dead_letter, environment, predictions, registry, serving, validation
 from schemas.base import Payload
 
 DAY_MS = 86_400_000
@@ -43,6 +43,7 @@ COMMANDS = Topic(
         registry.DeployVersion,
         registry.UndeployVersion,
         registry.SetTraffic,
+        registry.SetPredictionLog,
         registry.DeleteEndpoint,
     ),
     producers=("gateway", "anyone"),
@@ -62,6 +63,7 @@ EVENTS = Topic(
         registry.DeploymentRequested,
         registry.DeploymentRemovalRequested,
         registry.TrafficChanged,
+        registry.PredictionLogChanged,
         registry.EndpointDeleted,
         validation.VersionInspected,
         validation.VersionValidated,
@@ -72,8 +74,9 @@ EVENTS = Topic(
         serving.DeploymentChanged,
         serving.DeploymentFailed,
         serving.DeploymentRemoved,
+        predictions.PredictionLogLost,
     ),
-    producers=("registry", "validator", "builder", "serving"),
+    producers=("registry", "validator", "builder", "serving", "gateway"),
     consumers=("registry", "validator", "builder", "gateway"),
     retention_ms=90 * DAY_MS,
 )
@@ -103,6 +106,14 @@ STATE_DEPLOYMENTS = Topic(
     ("registry", "gateway", "serving"),
     retention_ms=None,
 )
+PREDICTIONS = Topic(
+    "millrace.predictions",
+    "endpoint",
+    (predictions.PredictionsLogged, predictions.RequestsCounted),
+    producers=("gateway",),
+    consumers=("anyone",),
+    partitions=8,
+)
 DLQ = Topic(
     "millrace.dlq",
     "original key",
@@ -113,7 +124,7 @@ DLQ = Topic(
 )
 
 STATE = (STATE_MODELS, STATE_VERSIONS, STATE_ENDPOINTS, STATE_DEPLOYMENTS)
-TOPICS = (COMMANDS, EVENTS, *STATE, DLQ)
+TOPICS = (COMMANDS, EVENTS, *STATE, PREDICTIONS, DLQ)
 
 INFERENCE_PARTITIONS = 4
 

@@ -1,28 +1,82 @@
-"""What V1 and V2 bodies have in common: JSON objects, and outputs asked for by name."""
+"""What the JSON bodies of all protocols have in common: objects, names that are given once, and outputs asked for by name."""
 
+import json
 from typing import Any
 
+import numpy as np
 import orjson
 
-from libs.inference.errors import InvalidInputError
+from libs.inference.errors import InvalidInputError, printable
 from schemas.inference import Signature
+
+_MOST_NESTED = 32
+_MANY_BYTES = 4096
+_CHUNK_BYTES = 1 << 20
 
 
 def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """Parse a body that must be a JSON object.
+    """Parse a body that must be a JSON object, in which every object gives a name once.
 
     Raises
     ------
     InvalidInputError
-        Not JSON, or not an object.
+        Empty, not JSON (also NaN, Infinity, numbers beyond float64, and bytes that are not UTF-8), not an object, or a name given twice.
     """
+    if not body:
+        raise InvalidInputError("the request body is empty")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidInputError(f"the request body is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
+    if type(document) is not dict:
         raise InvalidInputError("the request body must be a JSON object")
+    colons = _colons(body)
+    if colons != len(document) and colons != _names(document, _MOST_NESTED):
+        _refuse_duplicates(document, body, colons)
     return document
+
+
+def _colons(body: bytes | bytearray | memoryview) -> int:
+    """Colons of a text: in JSON, one for each name that is given, and those within strings."""
+    if len(body) < _MANY_BYTES and not isinstance(body, memoryview):
+        return body.count(b":")
+    values = np.frombuffer(body, np.uint8)
+    return sum(int(np.count_nonzero(values[start : start + _CHUNK_BYTES] == 0x3A)) for start in range(0, values.size, _CHUNK_BYTES))
+
+
+def _refuse_duplicates(document: dict[str, Any], body: bytes | bytearray | memoryview, colons: int) -> None:
+    """Raise if an object in ``body``, which was parsed to ``document``, gives a name twice; the parser keeps the last and says nothing.
+
+    With as many colons as names there are no duplicates, and nobody comes here. Else the colons within strings have to be told from those
+    after names, by writing the document again. Only what then still differs (or could, by escaped colons) is parsed anew, slowly.
+    """
+    try:
+        if colons == _colons(orjson.dumps(document)) and b"\\u003" not in bytes(body):
+            return
+    except orjson.JSONEncodeError as error:
+        raise InvalidInputError("the request body is nested too deeply") from error
+    json.loads(bytes(body), object_pairs_hook=_unique)
+
+
+def _names(value: Any, depth: int) -> int:
+    """Names in an object and what it holds; those beyond ``depth``, or in lists that do not begin with an object, are not found."""
+    if depth == 0:
+        return 0
+    if type(value) is dict:
+        count = len(value)
+        for member in value.values():
+            if type(member) is dict or (type(member) is list and member and type(member[0]) is dict):
+                count += _names(member, depth - 1)
+        return count
+    return sum(_names(item, depth - 1) for item in value if type(item) is dict)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise InvalidInputError(f"the request body gives '{printable(name, 80)}' twice in one object")
+        names.add(name)
 
 
 def requested_outputs(names: Any, signature: Signature) -> tuple[str, ...] | None:
@@ -40,7 +94,7 @@ def requested_outputs(names: Any, signature: Signature) -> tuple[str, ...] | Non
     known = [spec.name for spec in signature.outputs]
     for name in names:
         if name not in known:
-            raise InvalidInputError(f"the model has no output '{name}'; it has {', '.join(known)}")
+            raise InvalidInputError(f"the model has no output '{printable(name, 80)}'; it has {', '.join(known)}")
     return tuple(dict.fromkeys(names))
 
 

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import orjson
 
@@ -13,9 +15,71 @@ from libs.errors import DeadlineExceededError, MillraceError, UnauthenticatedErr
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, printable
 from libs.inference.requests import InferResponse, Span
 from libs.inference.tensors import Array
-from libs.runner.wire import Buffer, Frame, FrameReader, WireError, decode_tensors, encode_frame, encode_tensors
+from libs.runner.wire import (
+    REMEMBERED_HEAD_BYTES,
+    REMEMBERED_HEADS,
+    Buffer,
+    Frame,
+    FrameReader,
+    TensorSpec,
+    WireError,
+    decode_tensors,
+    describe_tensors,
+    encode_tensors,
+    join_frame,
+    read_descriptions,
+)
+
+Done = Callable[[InferResponse | MillraceError], None]
+"""Is told what came of a request, on the event loop; must not raise."""
+
+T = TypeVar("T")
 
 _SPAN_ID = re.compile("[0-9a-f]{16}")
+
+
+class Asked:
+    """One request on its way; ``done`` is called once, unless it is cancelled before."""
+
+    __slots__ = ("_connection", "_done", "_read", "_request_id")
+
+    def __init__(self, done: Callable[[Any], None], read: Callable[[Frame], Any]) -> None:
+        self._done: Callable[[Any], None] | None = done
+        self._read = read
+        self._connection: _Connection | None = None
+        self._request_id = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was answered, failed or cancelled."""
+        return self._done is None
+
+    def cancel(self) -> None:
+        """Forget the request: ``done`` is not called, and a runner that has not begun on it drops it."""
+        if self._done is not None:
+            self._done = None
+            if self._connection is not None:
+                self._connection.forget(self._request_id)
+
+    def sent(self, connection: "_Connection", request_id: int) -> None:
+        self._connection, self._request_id = connection, request_id
+
+    def answer(self, frame: Frame) -> None:
+        """Tell what the runner answered."""
+        if frame.meta.get("ok") is not True:
+            self.end(_as_error(frame))
+            return
+        try:
+            value = self._read(frame)
+        except ModelError as error:
+            value = error
+        self.end(value)
+
+    def end(self, value: Any) -> None:
+        """Tell what came of it."""
+        done, self._done = self._done, None
+        if done is not None:
+            done(value)
 
 
 class RunnerClient:
@@ -41,7 +105,44 @@ class RunnerClient:
         self._connect_timeout_s = connect_timeout_s
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether ``send`` writes at once."""
+        return self._connection is not None and not self._connection.lost
+
+    def send(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        done: Done,
+    ) -> Asked:
+        """Ask for predictions and return at once; ``outputs=None`` asks for the first output of the signature.
+
+        When connected the request is written before this returns; else a task connects first. Nothing is raised: errors are given to
+        ``done``, which is never called before this returns.
+
+        Parameters
+        ----------
+        timeout_s
+            Seconds after which the runner does not begin on the request any more; it then answers ``DeadlineExceededError``. The clock
+            runs from when it reads the request. The caller keeps a clock of its own: a model that is slow or hangs is not interrupted.
+        done
+            Given the answer, or one of the errors of :meth:`infer`, or ``UnauthenticatedError``.
+        """
+        asked = Asked(done, _response)
+        try:
+            specs, tail = encode_tensors(inputs)
+        except WireError as error:
+            asyncio.get_running_loop().call_soon(asked.end, InvalidInputError(str(error)))
+            return asked
+        self._send(asked, _infer_meta(timeout_s, traceparent), _request_head(specs, tuple(outputs or ())), tail)
+        return asked
 
     async def infer(
         self,
@@ -64,17 +165,13 @@ class RunnerClient:
         DeadlineExceededError
             No answer within ``timeout_s`` seconds.
         """
-        descriptions, tail = encode_tensors(inputs)
-        document: dict[str, Any] = {"inputs": descriptions}
-        if outputs:
-            document["outputs"] = [{"name": name} for name in outputs]
-        meta = {"op": "infer"} if traceparent is None else {"op": "infer", "traceparent": traceparent}
-        frame = await self._request(meta, orjson.dumps(document), tail, timeout_s)
-        return _response(frame)
+        future: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
+        asked = self.send(inputs, outputs=outputs, timeout_s=timeout_s, traceparent=traceparent, done=partial(_settle, future))
+        return await _answer(future, asked, timeout_s)
 
     async def metadata(self, *, timeout_s: float | None = 10.0) -> dict[str, Any]:
         """Return the runner's signature (``signature``) and peak memory (``memory_peak_bytes``)."""
-        frame = await self._request({"op": "metadata"}, timeout_s=timeout_s)
+        frame = await self._request({"op": "metadata"}, timeout_s)
         document: dict[str, Any] = orjson.loads(frame.head)
         return document
 
@@ -83,13 +180,13 @@ class RunnerClient:
 
         The value is for how many seconds the model has been busy with one request; 0 when it is idle or the runner does not say.
         """
-        frame = await self._request({"op": "ping"}, timeout_s=timeout_s)
+        frame = await self._request({"op": "ping"}, timeout_s)
         busy_s = frame.meta.get("busy_s")
         return float(busy_s) if isinstance(busy_s, int | float) else 0.0
 
     async def stop(self, *, timeout_s: float | None = 5.0) -> None:
         """Ask the runner to finish what it was asked and end."""
-        await self._request({"op": "stop"}, timeout_s=timeout_s)
+        await self._request({"op": "stop"}, timeout_s)
 
     async def close(self) -> None:
         """Close the connection; requests that wait fail with ``RunnerGoneError``."""
@@ -103,17 +200,29 @@ class RunnerClient:
         if self._connection is not None:
             self._connection.retire()
 
-    async def _request(
-        self, meta: Mapping[str, Any], head: bytes = b"", tail: Sequence[Buffer] = (), timeout_s: float | None = None
-    ) -> Frame:
+    async def _request(self, meta: Mapping[str, Any], timeout_s: float | None) -> Frame:
+        future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        asked = Asked(partial(_settle, future), _unread)
+        self._send(asked, _meta(meta))
+        return await _answer(future, asked, timeout_s)
+
+    def _send(self, asked: Asked, meta: bytes, head: bytes = b"", tail: Sequence[Buffer] = ()) -> None:
+        connection = self._connection
+        if connection is not None and not connection.lost:
+            connection.send(asked, meta, head, tail)
+            return
+        task = asyncio.get_running_loop().create_task(self._connect_and_send(asked, meta, head, tail))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect_and_send(self, asked: Asked, meta: bytes, head: bytes, tail: Sequence[Buffer]) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                connection = self._connection
-                if connection is None or connection.lost:
-                    connection = await self._connect()
-                return await connection.request(meta, head, tail)
-        except TimeoutError as error:
-            raise DeadlineExceededError(f"the runner did not answer within {timeout_s} s") from error
+            connection = await self._connect()
+        except MillraceError as error:
+            asked.end(error)
+            return
+        if not asked.is_over:
+            connection.send(asked, meta, head, tail)
 
     async def _connect(self) -> "_Connection":
         async with self._connecting:
@@ -123,7 +232,7 @@ class RunnerClient:
                 return self._connection
             connection = await self._open()
             try:
-                await connection.request({"op": "hello", "token": self._token})
+                await connection.greet(self._token)
             except BaseException:
                 connection.abort()
                 raise
@@ -154,12 +263,10 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.lost = False
         self._retired = False
-        self._reader = FrameReader()
+        self._reader = FrameReader(loads=orjson.loads)
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Frame]] = {}
+        self._waiting: dict[int, Asked] = {}
         self._transport: asyncio.Transport | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
         self._ended = asyncio.Event()
         self._reason = "the runner closed the connection"
 
@@ -168,18 +275,10 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio.Protocol)
         self.lost = True
-        self._writable.set()
         self._ended.set()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(RunnerGoneError(self._reason))
-        self._waiting.clear()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
+        waiting, self._waiting = self._waiting, {}
+        for asked in waiting.values():
+            asked.end(RunnerGoneError(self._reason))
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -189,37 +288,38 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         for frame in frames:
-            future = self._waiting.pop(frame.meta.get("id", 0), None)
-            if future is not None and not future.done():
-                future.set_result(frame)
+            asked = self._waiting.pop(frame.meta.get("id", 0), None)
+            if asked is not None:
+                asked.answer(frame)
             elif frame.meta.get("id") == 0 and not frame.meta.get("ok"):
                 self._reason = f"the runner refused the connection: {_message(frame)}"
+        if self._retired:
+            self.retire()
 
-    async def request(self, meta: Mapping[str, Any], head: bytes = b"", tail: Sequence[Buffer] = ()) -> Frame:
-        """Send one frame and wait for its answer.
-
-        Raises
-        ------
-        MillraceError
-            What the runner answered, as an exception.
-        """
-        await self._writable.wait()
+    def send(self, asked: Asked, meta: bytes, head: bytes = b"", tail: Sequence[Buffer] = ()) -> None:
+        """Write one frame; what is asked is told its answer, or that the runner went away. ``meta`` has everything but the id."""
         if self.lost or self._transport is None:
-            raise RunnerGoneError(self._reason)
+            asyncio.get_running_loop().call_soon(asked.end, RunnerGoneError(self._reason))
+            return
         request_id = next(self._ids)
+        self._waiting[request_id] = asked
+        asked.sent(self, request_id)
+        for part in join_frame(b'{"id":%d,%b' % (request_id, meta), head, tail):
+            self._transport.write(part)
+
+    def forget(self, request_id: int) -> None:
+        """Wait for an answer no longer."""
+        if self._waiting.pop(request_id, None) is not None and self._transport is not None and not self.lost:
+            self._transport.write(join_frame(b'{"id":%d,"op":"cancel"}' % request_id)[0])
+        if self._retired:
+            self.retire()
+
+    async def greet(self, token: str) -> None:
+        """Say who we are; raises what the runner answers."""
         future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = future
-        try:
-            for part in encode_frame({"id": request_id, **meta}, head, tail):
-                self._transport.write(part)
-            frame = await future
-        finally:
-            self._waiting.pop(request_id, None)
-            if self._retired:
-                self.retire()
-        if frame.meta.get("ok") is not True:
-            raise _as_error(frame)
-        return frame
+        asked = Asked(partial(_settle, future), _unread)
+        self.send(asked, _meta({"op": "hello", "token": token}))
+        await _answer(future, asked, None)
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -240,13 +340,78 @@ class _Connection(asyncio.Protocol):
                     await self._ended.wait()
 
 
-def _response(frame: Frame) -> InferResponse:
+async def _answer(future: "asyncio.Future[T]", asked: Asked, timeout_s: float | None) -> T:
+    """Wait for what comes of a request; forget it when the time is over or the caller is cancelled."""
+    timer = None if timeout_s is None else asyncio.get_running_loop().call_later(timeout_s, _expire, future, timeout_s)
     try:
-        document = orjson.loads(frame.head)
-        outputs = decode_tensors(document["outputs"], frame.tail)
+        return await future
+    finally:
+        asked.cancel()
+        if timer is not None:
+            timer.cancel()
+
+
+def _expire(future: "asyncio.Future[Any]", timeout_s: float) -> None:
+    _settle(future, DeadlineExceededError(f"the runner did not answer within {timeout_s} s"))
+
+
+def _settle(future: "asyncio.Future[Any]", value: Any) -> None:
+    if not future.done():
+        if isinstance(value, MillraceError):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
+
+
+def _unread(frame: Frame) -> Frame:
+    return frame
+
+
+def _meta(fields: Mapping[str, Any]) -> bytes:
+    """The meta part without its first field, the id, and the brace before it."""
+    return orjson.dumps(fields)[1:]
+
+
+def _infer_meta(timeout_s: float | None, traceparent: str | None) -> bytes:
+    if timeout_s is None and traceparent is None:
+        return b'"op":"infer"}'
+    meta: dict[str, Any] = {"op": "infer"}
+    if timeout_s is not None:
+        meta["timeout_ms"] = max(0, math.ceil(timeout_s * 1000))
+    if traceparent is not None:
+        meta["traceparent"] = traceparent
+    return _meta(meta)
+
+
+@lru_cache(maxsize=REMEMBERED_HEADS)
+def _request_head(specs: tuple[TensorSpec, ...], outputs: tuple[str, ...]) -> bytes:
+    document: dict[str, Any] = {"inputs": describe_tensors(specs)}
+    if outputs:
+        document["outputs"] = [{"name": name} for name in outputs]
+    return orjson.dumps(document)
+
+
+def _response(frame: Frame) -> InferResponse:
+    head = frame.head
+    try:
+        specs = _remembered_head(head) if len(head) <= REMEMBERED_HEAD_BYTES else _read_head(head)
+        outputs = decode_tensors(specs, frame.tail)
     except (WireError, orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise ModelError(f"the runner's answer cannot be read: {error}") from error
-    return InferResponse(outputs, _span(frame.meta.get("span")))
+    span = frame.meta.get("span")
+    return InferResponse(outputs, None if span is None else _span(span), _seconds(frame.meta.get("model_s")))
+
+
+def _read_head(head: bytes) -> tuple[TensorSpec, ...]:
+    return read_descriptions(orjson.loads(head)["outputs"])
+
+
+_remembered_head = lru_cache(maxsize=REMEMBERED_HEADS)(_read_head)
+
+
+def _seconds(value: Any) -> float:
+    """The seconds that a runner says; 0 when they make no sense: the model's code could have made them."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else 0.0
 
 
 def _span(span: Any) -> Span | None:
@@ -272,5 +437,6 @@ def _as_error(frame: Frame) -> MillraceError:
         "model_error": ModelError,
         "unauthenticated": UnauthenticatedError,
         "stopping": RunnerGoneError,
+        "expired": DeadlineExceededError,
     }
     return kinds.get(kind, MillraceError)(_message(frame))

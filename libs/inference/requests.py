@@ -48,7 +48,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class InferResponse:
-    """A model's answer: named arrays in the order asked for."""
+    """A model's answer: named arrays in the order asked for.
+
+    ``model_s`` are the seconds inside the model, as the runner says; 0 when it does not say, or nothing that makes sense.
+    """
 
     outputs: Arrays
     span: Span | None = None
+    model_s: float = 0.0

@@ -5,7 +5,7 @@ No I/O and no clock; the random number is a parameter, so every choice can be re
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from libs.errors import NotFoundError, NotReadyError
@@ -116,18 +116,18 @@ class RoutingTable:
         NotReadyError
             When nothing has been deployed that could answer.
         """
-        deployment = self._planned(endpoint_name, version, alias).choose(random)
-        turn = self._turns.get(deployment.deployment_id, 0)
-        self._turns[deployment.deployment_id] = turn + 1
-        start = turn % len(deployment.replicas)
-        return Route(
-            endpoint_name,
-            deployment.deployment_id,
-            deployment.model_name,
-            deployment.version,
-            deployment.signature,
-            deployment.replicas[start:] + deployment.replicas[:start],
-        )
+        route = self.choose(endpoint_name, version, alias, random=random)
+        turn = self._turns.get(route.deployment_id, 0)
+        self._turns[route.deployment_id] = turn + 1
+        start = turn % len(route.replicas)
+        return replace(route, replicas=route.replicas[start:] + route.replicas[:start])
+
+    def choose(self, endpoint_name: str, version: int | None = None, alias: str | None = None, *, random: float) -> Route:
+        """Choose the deployment as ``pick`` does; whoever balances replicas by other means takes nobody's turn.
+
+        The same object comes back until something changes.
+        """
+        return self._planned(endpoint_name, version, alias).choose(random)
 
     def check(self, endpoint_name: str, version: int | None = None, alias: str | None = None) -> None:
         """Raise what ``pick`` would raise; nobody's turn is taken."""
@@ -164,7 +164,7 @@ class RoutingTable:
         if not live:
             sent_away = NoReplicaError if any(deployment.status in _SERVING for deployment in wanted) else NotReadyError
             raise sent_away(_nothing_ready(endpoint_name, wanted))
-        return _Plan([deployment for deployment, _ in live], list(accumulate(weight for _, weight in live)))
+        return _Plan([_route(endpoint_name, deployment) for deployment, _ in live], list(accumulate(weight for _, weight in live)))
 
     def named(self, endpoint_name: str, version: int | None, alias: str | None) -> list[DeploymentSnapshot]:
         """Deployments of a version or alias at an endpoint, ready or not: several, when it has several models.
@@ -191,13 +191,24 @@ class RoutingTable:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Deployments that can answer, with the running sum of their weights."""
+    """Routes to deployments that can answer, with the running sum of their weights."""
 
-    deployments: list[DeploymentSnapshot]
+    routes: list[Route]
     bounds: list[float]
 
-    def choose(self, random: float) -> DeploymentSnapshot:
-        return self.deployments[min(bisect_right(self.bounds, random * self.bounds[-1]), len(self.deployments) - 1)]
+    def choose(self, random: float) -> Route:
+        return self.routes[min(bisect_right(self.bounds, random * self.bounds[-1]), len(self.routes) - 1)]
+
+
+def _route(endpoint_name: str, deployment: DeploymentSnapshot) -> Route:
+    return Route(
+        endpoint_name,
+        deployment.deployment_id,
+        deployment.model_name,
+        deployment.version,
+        deployment.signature,
+        deployment.replicas,
+    )
 
 
 def _nothing_ready(endpoint_name: str, deployments: Sequence[DeploymentSnapshot]) -> str:

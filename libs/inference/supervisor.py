@@ -24,6 +24,9 @@ RUNNER_DIRECTORY = Path(__file__).resolve().parents[1] / "runner"
 MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 107; leave room for what a caller appends."""
 
+HUNG_STATUS = 75
+"""What a runner exits with whose model hung (``libs/runner/server.py``)."""
+
 _MAX_READY_LINE_BYTES = 8 * 1024 * 1024
 _LOG_TAIL_BYTES = 4096
 _BACKLOG = 128
@@ -53,6 +56,8 @@ class RunnerSpec:
         Threads of the numeric libraries.
     start_timeout_s
         Longest time from the start of the process to the loaded model, in seconds.
+    predict_timeout_s
+        A model that is busy with one request for longer hangs, and the runner ends itself; None: it never does.
     """
 
     python: Path
@@ -66,6 +71,7 @@ class RunnerSpec:
     cage: CageSpec = CageSpec()  # noqa: RUF009 (frozen)
     threads: int = 1
     start_timeout_s: float = 60.0
+    predict_timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,8 @@ class RunnerExit:
 
     @property
     def description(self) -> str:
+        if self.code == HUNG_STATUS:
+            return "ended itself: its model was busy with one request for too long"
         if self.code >= 0:
             return f"exited with status {self.code}"
         name = signal.Signals(-self.code).name if -self.code in signal.Signals.__members__.values() else str(-self.code)
@@ -244,6 +252,8 @@ def _spawn(spec: RunnerSpec, listener: socket.socket, ready_sender: int) -> subp
     command += ["--fd", str(listener.fileno()), "--ready-fd", str(ready_sender)]
     command += ["--artifact", str(spec.artifact.resolve()), "--format", spec.format]
     command += ["--scratch", str(spec.scratch.resolve()), "--cage", spec.cage.to_json()]
+    if spec.predict_timeout_s is not None:
+        command += ["--predict-timeout-s", str(spec.predict_timeout_s)]
     with spec.log.open("ab") as log:
         process = subprocess.Popen(
             command,

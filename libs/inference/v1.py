@@ -1,7 +1,7 @@
 """The V1 form (TensorFlow Serving, KServe): ``{"instances": […]}`` in, ``{"predictions": […]}`` out.
 
-Instances are rows, or objects keyed by feature name or by input name; ``inputs`` takes whole tensors instead, as TensorFlow Serving
-does. ``"outputs": ["predict_proba"]``, at the top or in ``parameters``, asks for other outputs than the first.
+Instances are rows, or objects keyed by feature name or by input name; ``inputs`` takes whole tensors or columns instead, as TensorFlow
+Serving does. ``"outputs": ["predict_proba"]``, at the top or in ``parameters``, asks for other outputs than the first.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
-from libs.inference.errors import InvalidInputError
+from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
 from schemas.inference import Signature, TensorSpec
@@ -35,8 +35,11 @@ def from_document(document: Mapping[str, Any], signature: Signature) -> InferReq
     InvalidInputError
         The body is malformed or does not fit the signature.
     """
-    parameters = object_or_empty(document.get("parameters"), "parameters")
-    outputs = requested_outputs(document.get("outputs", parameters.get("outputs")), signature)
+    parameters: Mapping[str, Any] = {}
+    outputs = None
+    if len(document) > 1:
+        parameters = object_or_empty(document.get("parameters"), "parameters")
+        outputs = requested_outputs(document.get("outputs", parameters.get("outputs")), signature)
     has_instances, has_inputs = "instances" in document, "inputs" in document
     if has_instances == has_inputs:
         raise InvalidInputError("the request needs exactly one of 'instances' and 'inputs'")
@@ -45,14 +48,14 @@ def from_document(document: Mapping[str, Any], signature: Signature) -> InferReq
 
 
 def _from_instances(instances: Any, signature: Signature) -> dict[str, Array]:
-    if not isinstance(instances, list) or not instances:
+    if type(instances) is not list or not instances:
         raise InvalidInputError("'instances' must be a non-empty list")
+    spec = signature.inputs[0]
     first = instances[0]
-    if isinstance(first, dict) and list(first) != ["b64"]:
+    if type(first) is dict and not (spec.datatype == "BYTES" and list(first) == ["b64"]):
         return _from_objects(instances, signature)
     if len(signature.inputs) > 1:
-        raise InvalidInputError(f"each instance must be an object with the inputs {_names(signature)}")
-    spec = signature.inputs[0]
+        return _from_positions(instances, signature)
     return {spec.name: _rows(instances, spec, "instances")}
 
 
@@ -65,8 +68,9 @@ def _rows(values: list[Any], spec: TensorSpec, field: str) -> Array:
         raise
     if array.ndim == len(spec.shape) - 1 and spec.shape[-1] == 1:
         array = array[..., None]
-    if not has_shape(array.shape, spec.shape):
-        _explain_rows(values, spec, field)
+    if has_shape(array.shape, spec.shape) and array.size:
+        return array
+    _explain_rows(values, spec, field)
     return check_shape(array, spec)
 
 
@@ -101,34 +105,49 @@ def _names(signature: Signature) -> str:
     return ", ".join(spec.name for spec in signature.inputs)
 
 
+def _from_positions(instances: list[Any], signature: Signature) -> dict[str, Array]:
+    """Rows as lists, for a model of several inputs: one value for each, in the signature's order."""
+    count = len(signature.inputs)
+    for index, row in enumerate(instances):
+        if type(row) is not list or len(row) != count:
+            got = f"has {len(row)} values" if isinstance(row, list) else f"is {show(row)}"
+            raise InvalidInputError(
+                f"each instance must be an object or a list with the inputs {_names(signature)}; instances[{index}] {got}"
+            )
+    return {
+        spec.name: _rows([row[place] for row in instances], spec, f"'{spec.name}' of instances")
+        for place, spec in enumerate(signature.inputs)
+    }
+
+
 def _from_objects(instances: list[Any], signature: Signature) -> dict[str, Array]:
     for index, row in enumerate(instances):
-        if not isinstance(row, dict):
+        if type(row) is not dict:
             raise InvalidInputError(f"instances[0] is an object, so instances[{index}] must be one too; it is {show(row)}")
     inputs = {spec.name for spec in signature.inputs}
-    if inputs.issuperset(instances[0]) or signature.feature_names is None or len(signature.inputs) > 1:
+    if signature.feature_names is None or len(signature.inputs) > 1 or inputs.issuperset(instances[0]):
         return {spec.name: _rows(_column(instances, spec.name, inputs), spec, "instances") for spec in signature.inputs}
     names = signature.feature_names
     known = set(names)
     for index, row in enumerate(instances):
-        _check_keys(row, known, index)
+        _check_keys(row, known, f"instances[{index}]")
     spec = signature.inputs[0]
     return {spec.name: _rows([[row[name] for name in names] for row in instances], spec, "instances")}
 
 
 def _column(instances: list[dict[str, Any]], name: str, inputs: set[str]) -> list[Any]:
     for index, row in enumerate(instances):
-        _check_keys(row, inputs, index)
+        _check_keys(row, inputs, f"instances[{index}]")
     return [row[name] for row in instances]
 
 
-def _check_keys(row: dict[str, Any], known: set[str], index: int) -> None:
+def _check_keys(row: dict[str, Any], known: set[str], what: str) -> None:
     if row.keys() == known:
         return
     missing, unknown = sorted(known - row.keys()), sorted(row.keys() - known)
     if missing:
-        raise InvalidInputError(f"instances[{index}] lacks '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    raise InvalidInputError(f"instances[{index}] has '{unknown[0]}', which the model does not know")
+        raise InvalidInputError(f"{what} lacks '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    raise InvalidInputError(f"{what} has '{printable(unknown[0], 80)}', which the model does not know")
 
 
 def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
@@ -138,9 +157,12 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
         if len(signature.inputs) > 1:
             raise InvalidInputError(f"'inputs' must be an object with {_names(signature)}")
         columns = {signature.inputs[0].name: columns}
-    unknown = columns.keys() - {spec.name for spec in signature.inputs}
+    known = {spec.name for spec in signature.inputs}
+    unknown = columns.keys() - known
+    if unknown and signature.feature_names is not None and len(known) == 1:
+        return _from_features(columns, signature.feature_names, signature.inputs[0])
     if unknown:
-        raise InvalidInputError(f"the model has no input '{min(unknown)}'; it has {_names(signature)}")
+        raise InvalidInputError(f"the model has no input '{printable(min(unknown), 80)}'; it has {_names(signature)}")
     arrays: dict[str, Array] = {}
     for spec in signature.inputs:
         if spec.name not in columns:
@@ -149,6 +171,22 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
             raise InvalidInputError(f"input '{spec.name}' must be a list, got {show(columns[spec.name])}")
         arrays[spec.name] = _rows(columns[spec.name], spec, spec.name)
     return arrays
+
+
+def _from_features(columns: dict[str, Any], names: tuple[str, ...], spec: TensorSpec) -> dict[str, Array]:
+    """Columns by feature name, each with one value for each row."""
+    _check_keys(columns, set(names), "'inputs'")
+    length = None
+    for name in names:
+        column = columns[name]
+        if not isinstance(column, list):
+            raise InvalidInputError(f"column '{name}' of 'inputs' must be a list, got {show(column)}")
+        if length not in (None, len(column)):
+            raise InvalidInputError(f"column '{name}' of 'inputs' has {len(column)} values, the columns before it have {length}")
+        length = len(column)
+    if not length:
+        raise InvalidInputError("the columns of 'inputs' are empty")
+    return {spec.name: _rows([list(row) for row in zip(*(columns[name] for name in names), strict=True)], spec, "row ")}
 
 
 def render(response: InferResponse, extra: Mapping[str, Any] | None = None) -> bytes:

@@ -11,18 +11,35 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
-from libs.inference.errors import InvalidInputError
+from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
-from libs.inference.tensors import Array, array_from_json, check_shape, convert, json_ready, nested_shape
+from libs.inference.tensors import (
+    MAX_DIMENSIONS,
+    Array,
+    array_from_json,
+    check_shape,
+    convert,
+    has_shape,
+    json_ready,
+    nested_shape,
+    show,
+    show_shape,
+)
 from libs.runner.wire import NUMPY_DTYPES, Buffer, WireError, datatype_of, decode_tensor, encode_tensor
 from schemas.inference import Signature, TensorSpec
 
+MAX_STRINGS = 1_000_000
+"""Elements of one binary BYTES tensor; they are taken apart one by one, about a quarter of a second for so many."""
+
+_DATATYPES = ", ".join([*NUMPY_DTYPES, "BF16"])
+
 
 def parse(body: bytes | bytearray | memoryview, signature: Signature, head_length: int | None = None) -> InferRequest:
-    """Read a V2 body.
+    """Read a V2 body. Arrays of binary tensors are views of ``body``, which may not be aligned.
 
     Parameters
     ----------
@@ -39,7 +56,7 @@ def parse(body: bytes | bytearray | memoryview, signature: Signature, head_lengt
     if not 0 < head_length <= len(body):
         raise InvalidInputError(f"the JSON head is said to have {head_length} bytes; the body has {len(body)}")
     view = memoryview(body)
-    return from_document(parse_object(view[:head_length]), signature, view[head_length:])
+    return from_document(parse_object(bytes(view[:head_length])), signature, view[head_length:])
 
 
 def from_document(document: Mapping[str, Any], signature: Signature, tail: memoryview | None = None) -> InferRequest:
@@ -54,28 +71,38 @@ def from_document(document: Mapping[str, Any], signature: Signature, tail: memor
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InvalidInputError("'id' must be a string")
-    names, binary = _read_outputs(document.get("outputs"))
+    asked = document.get("outputs")
+    names, binary = _read_outputs(asked, signature) if asked is not None else (None, {})
     return InferRequest(
         inputs=_read_inputs(document.get("inputs"), signature, tail),
-        outputs=requested_outputs(names, signature),
+        outputs=names,
         id=request_id,
         parameters=parameters,
-        binary_data_output=parameters.get("binary_data_output") is True,
+        binary_data_output=_flag(parameters, "binary_data_output") is True,
         binary_data=binary,
     )
 
 
-def _read_outputs(outputs: Any) -> tuple[list[str] | None, dict[str, bool]]:
-    if outputs is None:
-        return None, {}
-    if not isinstance(outputs, list) or not all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in outputs):
+def _flag(parameters: Mapping[str, Any], name: str) -> bool | None:
+    value = parameters.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidInputError(f"the parameter '{name}' must be true or false, got {show(value)}")
+    return value
+
+
+def _read_outputs(outputs: Any, signature: Signature) -> tuple[tuple[str, ...] | None, dict[str, bool]]:
+    if not isinstance(outputs, list):
         raise InvalidInputError("'outputs' must be a list of objects with a name")
-    binary = {}
+    binary: dict[str, bool] = {}
+    names: list[str] = []
     for item in outputs:
-        choice = object_or_empty(item.get("parameters"), "parameters").get("binary_data")
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+            raise InvalidInputError("'outputs' must be a list of objects with a name")
+        choice = _flag(object_or_empty(item.get("parameters"), "parameters"), "binary_data")
         if choice is not None:
-            binary[item["name"]] = choice is True
-    return [item["name"] for item in outputs], binary
+            binary[item["name"]] = choice
+        names.append(item["name"])
+    return requested_outputs(names, signature), binary
 
 
 def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> dict[str, Array]:
@@ -88,14 +115,14 @@ def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> 
         name = item.get("name") if isinstance(item, dict) else None
         if not isinstance(name, str):
             raise InvalidInputError("each of 'inputs' must be an object with a name")
-        if name not in specs:
-            raise InvalidInputError(f"the model has no input '{name}'; it has {', '.join(specs)}")
+        spec = specs.get(name)
+        if spec is None:
+            raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
         if name in arrays:
             raise InvalidInputError(f"input '{name}' is given twice")
-        arrays[name], rest = _read_input(item, specs[name], rest)
-    for name in specs:
-        if name not in arrays:
-            raise InvalidInputError(f"input '{name}' is missing")
+        arrays[name], rest = _read_input(item, spec, rest)
+    if len(arrays) < len(specs):
+        raise InvalidInputError(f"input '{next(name for name in specs if name not in arrays)}' is missing")
     if rest:
         raise InvalidInputError(f"{len(rest)} bytes follow the last binary tensor")
     return arrays
@@ -103,44 +130,97 @@ def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> 
 
 def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tuple[Array, memoryview]:
     what = f"input '{spec.name}'"
-    datatype, shape = item.get("datatype"), item.get("shape")
-    if not isinstance(datatype, str) or datatype not in NUMPY_DTYPES:
-        raise InvalidInputError(f"{what} has datatype {datatype!r}, which is not one of {', '.join(NUMPY_DTYPES)}")
-    if not isinstance(shape, list) or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape):
-        raise InvalidInputError(f"{what} needs a shape of non-negative integers")
-    if (datatype == "BYTES") != (spec.datatype == "BYTES"):
-        raise InvalidInputError(f"{what} expects {spec.datatype}, got {datatype}")
-    size = object_or_empty(item.get("parameters"), "parameters").get("binary_data_size")
+    datatype = item.get("datatype")
+    if not isinstance(datatype, str) or (datatype not in NUMPY_DTYPES and datatype != "BF16"):
+        shown = repr(datatype[:40]) if isinstance(datatype, str) else show(datatype)
+        raise InvalidInputError(f"{what} has datatype {shown}, which is not one of {_DATATYPES}")
+    shape = _read_shape(item.get("shape"), spec, what)
+    if datatype != spec.datatype and "BYTES" in (datatype, spec.datatype):
+        raise InvalidInputError(f"{what} expects {spec.datatype.value}, got {datatype}")
+    parameters = item.get("parameters")
+    size = None if parameters is None else object_or_empty(parameters, "parameters").get("binary_data_size")
     if size is None:
         array = _from_json(item, datatype, shape, what)
+    elif type(size) is not int or not 0 <= size <= len(rest):
+        raise InvalidInputError(f"{what} announces {show(size)} bytes; {len(rest)} are left after the JSON head")
+    elif "data" in item:
+        raise InvalidInputError(f"{what} has both 'data' and a binary_data_size")
     else:
-        array, rest = _from_bytes(spec.name, datatype, shape, size, rest)
-    return check_shape(convert(array, NUMPY_DTYPES[spec.datatype], spec.datatype, what), spec), rest
+        array, rest = _from_bytes(datatype, shape, rest[:size], what), rest[size:]
+    if datatype != spec.datatype:
+        array = _converted(array, datatype, spec, what)
+    return array, rest
 
 
-def _from_json(item: dict[str, Any], datatype: str, shape: list[int], what: str) -> Array:
+def _read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
+    if type(shape) is not list:
+        raise InvalidInputError(f"{what} needs a shape of non-negative integers")
+    if len(shape) <= MAX_DIMENSIONS:
+        for size in shape:
+            if type(size) is not int or size < 0:
+                raise InvalidInputError(f"{what} needs a shape of non-negative integers")
+    given = tuple(shape)
+    if not has_shape(given, spec.shape):
+        raise InvalidInputError(f"{what} expects shape {list(spec.shape)}, got {show_shape(shape)}")
+    if 0 in given:
+        raise InvalidInputError(f"{what} is empty: its shape is {show_shape(shape)}")
+    return given
+
+
+def _from_json(item: dict[str, Any], datatype: str, shape: tuple[int, ...], what: str) -> Array:
     data = item.get("data")
-    if not isinstance(data, list):
+    if type(data) is not list:
         raise InvalidInputError(f"{what} has neither a list 'data' nor a binary_data_size")
+    if datatype == "BF16":
+        raise InvalidInputError(f"{what}: BF16 has no JSON form; send it as a binary tensor, or as FP32")
     array = array_from_json(data, datatype, what)
+    if array.shape == shape:
+        return array
     if array.size != math.prod(shape):
-        raise InvalidInputError(f"{what}: data has {array.size} elements, shape {shape} needs {math.prod(shape)}")
-    if array.ndim > 1 and nested_shape(data) != tuple(shape):
-        raise InvalidInputError(f"{what}: data is nested as {list(array.shape)}, its shape says {shape}")
+        raise InvalidInputError(f"{what}: data has {array.size} elements, shape {show_shape(shape)} needs {math.prod(shape)}")
+    if array.ndim > 1 and nested_shape(data) != shape:
+        raise InvalidInputError(f"{what}: data is nested as {show_shape(array.shape)}, its shape says {show_shape(shape)}")
     return array.reshape(shape)
 
 
-def _from_bytes(name: str, datatype: str, shape: list[int], size: Any, rest: memoryview) -> tuple[Array, memoryview]:
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(rest):
-        raise InvalidInputError(f"input '{name}' announces {size} bytes; {len(rest)} are left after the JSON head")
+def _from_bytes(datatype: str, shape: tuple[int, ...], data: memoryview, what: str) -> Array:
+    count = math.prod(shape)
+    if datatype == "BYTES":
+        return _strings(count, shape, data, what)
+    dtype = np.dtype("<u2") if datatype == "BF16" else NUMPY_DTYPES[datatype]
+    if count * dtype.itemsize != len(data):
+        wanted = f"{datatype} of shape {show_shape(shape)} takes {count * dtype.itemsize}"
+        raise InvalidInputError(f"{what} has {len(data)} bytes; {wanted}")
+    if datatype == "BF16":
+        return (np.ndarray(shape, dtype, data).astype("<u4") << 16).view("<f4")
+    if datatype == "BOOL" and np.ndarray(shape, np.uint8, data).max() > 1:
+        raise InvalidInputError(f"{what} expects BOOL; a byte in it is neither 0 nor 1")
+    return np.ndarray(shape, dtype, data)
+
+
+def _strings(count: int, shape: tuple[int, ...], data: memoryview, what: str) -> Array:
+    if count > MAX_STRINGS:
+        raise InvalidInputError(f"{what} has {count} elements; {MAX_STRINGS} are the most of a BYTES tensor")
     try:
-        return decode_tensor(name, datatype, shape, rest[:size]), rest[size:]
+        return decode_tensor("", "BYTES", shape, data)
     except WireError as error:
-        raise InvalidInputError(str(error)) from error
+        raise InvalidInputError(str(error).replace("tensor ''", what)) from error
 
 
-def render(response: InferResponse, request: InferRequest, model_name: str, model_version: str) -> tuple[bytes, int | None]:
-    """Write the answer; the second value is the length of the JSON head when binary tensors follow it, else ``None``."""
+def _converted(array: Array, datatype: str, spec: TensorSpec, what: str) -> Array:
+    target = NUMPY_DTYPES[spec.datatype]
+    if datatype == "BF16" and target.kind != "f":
+        raise InvalidInputError(f"{what} expects {spec.datatype.value}, got BF16")
+    return check_shape(convert(array, target, spec.datatype.value, what), spec)
+
+
+def render(
+    response: InferResponse, request: InferRequest, model_name: str, model_version: str, request_id: str | None = None
+) -> tuple[bytes, int | None]:
+    """Write the answer; the second value is the length of the JSON head when binary tensors follow it, else ``None``.
+
+    ``request_id`` stands in for the caller's own id when the request has none.
+    """
     outputs: list[dict[str, Any]] = []
     tail: list[Buffer] = []
     for name, array in response.outputs.items():
@@ -148,12 +228,13 @@ def render(response: InferResponse, request: InferRequest, model_name: str, mode
             description, data = encode_tensor(name, array)
             tail.append(data)
         else:
-            description = {"name": name, "datatype": datatype_of(array.dtype), "shape": list(array.shape)}
-            description["data"] = json_ready(array.reshape(-1))
+            flat = array if array.ndim == 1 else array.reshape(-1)
+            description = {"name": name, "datatype": datatype_of(array.dtype), "shape": array.shape, "data": json_ready(flat)}
         outputs.append(description)
     document: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
-    if request.id is not None:
-        document["id"] = request.id
+    given = request.id or request_id
+    if given is not None:
+        document["id"] = given
     document["outputs"] = outputs
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     return (b"".join([head, *tail]), len(head)) if tail else (head, None)

@@ -51,6 +51,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--artifact", required=True, help="path of the model's file")
     parser.add_argument("--format", required=True, help="sklearn or onnx")
     parser.add_argument("--scratch", default=None, help="the only directory that may be written")
+    parser.add_argument("--predict-timeout-s", type=float, default=None, help="a model busy with one request for longer hangs; end then")
     parser.add_argument("--cage", default="{}", help="CageSpec as JSON")
     return parser.parse_args(arguments)
 
@@ -100,7 +101,7 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
         return 4
     _expect_plain_arrays()
     listener = socket.socket(fileno=options.fd)
-    server = Server(model, signature, token, listener)
+    server = Server(model, signature, token, listener, options.predict_timeout_s)
     server.start()
     _say(
         ready,

@@ -1,16 +1,24 @@
-"""The loop: one thread reads sockets, the main thread predicts, one request after the other.
+"""The loop: the main thread reads sockets and predicts, one request after the other.
 
-Handshakes, pings and metadata are answered by the reading thread, so a runner whose model is busy still answers
-those. Requests may be pipelined; a connection with too many unanswered ones is not read from until some are.
+Nothing is handed from thread to thread while the model is quick, because that costs more than a small model's
+predict. A second thread, the stand-in, reads the sockets while the model has been busy with one request for
+longer than ``STAND_IN_AFTER_S``: a runner whose model is busy still answers handshakes, pings and metadata, takes
+requests in, and drops those that are cancelled. It also ends the process when the model hangs.
+
+**Who reads.** Whoever holds ``_reading``. The main thread holds it while it waits for requests; the stand-in takes it
+only while the main thread is busy, and gives it back when that is over: at once if the main thread has nothing else
+to do (it then sets ``_wanted`` and writes to the wake pipe, in this order, and the stand-in looks at ``_wanted`` before
+each wait), else with the next frame. Writing is anybody's, under the connection's lock.
+
+Requests may be pipelined; a connection with too many unanswered ones is not read from until some are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hmac
-import json
 import os
-import queue
 import random
 import selectors
 import signal
@@ -20,45 +28,68 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from .errors import InvalidInputError, first_sentence
 from .formats import Model
-from .wire import Arrays, Buffer, Frame, FrameReader, WireError, decode_tensors, encode_frame, encode_tensors, parse_json_object
+from .wire import (
+    REMEMBERED_HEAD_BYTES,
+    REMEMBERED_HEADS,
+    Buffer,
+    Frame,
+    FrameReader,
+    TensorSpec,
+    WireError,
+    decode_tensors,
+    describe_tensors,
+    encode_frame,
+    encode_json,
+    encode_tensors,
+    join_frame,
+    parse_json_object,
+    read_descriptions,
+)
 
 MAX_UNANSWERED = 256
-_RECEIVE_BYTES = 256 * 1024
+STAND_IN_AFTER_S = 0.01
+"""The stand-in looks this often, so it reads once the model has been busy with one request for one to two of these."""
+
+HUNG_STATUS = 75
+"""Exit status of a runner whose model hung; the number is ``EX_TEMPFAIL``: another runner may do better."""
+
+_LOOK_AFTER_S = 0.001
+_GUARD_EVERY, _GUARD_AFTER = 0.25, 1.5
+"""Parts of the limit: how often the guard is put off, and when it ends the process that did not."""
+
+_REST_AFTER_LOOKS = 100
+_RECEIVE_BYTES = 64 * 1024
 _FLUSH_S = 2.0
+_LONGEST_TIMEOUT_MS = 2**53
 
 # Trace flags in a traceparent: bit 0 is "sampled"; other bits may be set beside it.
 _SAMPLED = 1
 
 
 class Connection:
-    """One client: its socket, what is half read and what is not yet written."""
+    """One client: its socket, what is half read, what is not yet answered and what is not yet written."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.reader = FrameReader(trusted=False)
-        self.unanswered = 0
+        self.unanswered: dict[int, Request] = {}
         self.paused = False
         self.closed = False
         self.lock = threading.Lock()
-        self.outgoing: deque[memoryview] = deque()
-
-    def count(self, change: int) -> int:
-        """Add to the number of unanswered requests and return it."""
-        with self.lock:
-            self.unanswered += change
-            return self.unanswered
+        self.outgoing: deque[Buffer] = deque()
 
     def write(self, parts: Sequence[Buffer]) -> bool:
         """Write what the socket takes and keep the rest; return whether something is kept."""
         with self.lock:
             if self.closed:
                 return False
-            self.outgoing.extend(memoryview(part) for part in parts)
+            self.outgoing.extend(parts)
             return self._flush()
 
     def flush(self) -> bool:
@@ -67,26 +98,48 @@ class Connection:
             return False if self.closed else self._flush()
 
     def _flush(self) -> bool:
+        outgoing = self.outgoing
         try:
-            while self.outgoing:
-                part = self.outgoing[0]
+            while outgoing:
+                part = outgoing[0]
                 sent = self.sock.send(part)
                 if sent == len(part):
-                    self.outgoing.popleft()
+                    outgoing.popleft()
                 else:
-                    self.outgoing[0] = part[sent:]
+                    outgoing[0] = memoryview(part)[sent:]
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
-            # The peer is gone: the reading thread sees it too and closes.
-            self.outgoing.clear()
-        return bool(self.outgoing)
+            # The peer is gone: whoever reads sees it too and closes.
+            outgoing.clear()
+        return False
 
     def close(self) -> None:
         with self.lock:
             self.closed = True
             self.outgoing.clear()
             self.sock.close()
+
+
+class Request:
+    """One request that waits or is being answered; ``deadline_s`` is on the monotonic clock."""
+
+    __slots__ = ("connection", "deadline_s", "frame", "is_cancelled", "request_id")
+
+    def __init__(self, connection: Connection, frame: Frame, request_id: int, deadline_s: float | None) -> None:
+        self.connection = connection
+        self.frame = frame
+        self.request_id = request_id
+        self.deadline_s = deadline_s
+        self.is_cancelled = False
+
+
+class Call(NamedTuple):
+    """What the head of a request means."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    name: Any
 
 
 class Server:
@@ -100,56 +153,117 @@ class Server:
         What the first frame of a connection must carry.
     listener
         The listening socket that the supervisor made.
+    predict_timeout_s
+        A model that is busy with one request for longer hangs, and the process ends with ``HUNG_STATUS``; None: never.
     """
 
-    def __init__(self, model: Model, signature: dict[str, Any], token: str, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        model: Model,
+        signature: dict[str, Any],
+        token: str,
+        listener: socket.socket,
+        predict_timeout_s: float | None = None,
+    ) -> None:
         self._model = model
         self._signature = signature
         self._inputs = {spec["name"]: spec for spec in signature["inputs"]}
         self._outputs = [spec["name"] for spec in signature["outputs"]]
         self._token = token.encode()
         self._listener = listener
+        self._predict_timeout_s = predict_timeout_s
         self._selector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = os.pipe()
-        self._changed: deque[Connection] = deque()
-        self._requests: queue.SimpleQueue[tuple[Connection, Frame] | None] = queue.SimpleQueue()
         self._connections: set[Connection] = set()
+        self._changed: deque[Connection] = deque()
+        self._requests: deque[Request] = deque()
+        self._remembered = lru_cache(maxsize=REMEMBERED_HEADS)(self._understand)
+        self._ending = False
         self._stopping = False
+        self._reading = threading.Lock()
+        self._wanted = False
+        self._looked_s = 0.0
+        self._current: Request | None = None
+        self._sequence = 0
         self._busy_since: float | None = None
-        self._buffer = bytearray(_RECEIVE_BYTES)
+        self._resting = False
+        self._rouse = threading.Event()
+        self._guard_due_s = 0.0
 
     def start(self) -> None:
-        """Start reading; call from the main thread."""
-        signal.signal(signal.SIGTERM, lambda *_: self._requests.put(None))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """Accept connections from now on; call from the main thread."""
         self._listener.setblocking(False)
         os.set_blocking(self._wake_receiver, False)
         os.set_blocking(self._wake_sender, False)
+        # Whichever thread the kernel hands a signal to, the one that waits in select() must look.
+        signal.set_wakeup_fd(self._wake_sender, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: self._end())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._apply_changes)
-        threading.Thread(target=self._read_loop, name="sockets", daemon=True).start()
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._drain)
+        threading.Thread(target=self._stand_by, name="stand-in", daemon=True).start()
 
     def run(self) -> int:
         """Predict until told to stop, then finish what was asked before; the value is the exit status."""
         while True:
-            request = self._requests.get()
+            request = self._next()
             if request is None:
                 break
-            connection, frame = request
-            if not connection.closed:
-                self._busy_since = time.monotonic()
-                answer = self._predict(frame)
-                self._busy_since = None
-                self._answer(connection, answer)
-            unanswered = connection.count(-1)
-            if connection.paused and unanswered <= MAX_UNANSWERED // 2:
-                self._notify(connection)
+            self._work(request)
         self._finish()
         return 0
 
+    # The main thread --------------------------------------------------------------------------------------------
+
+    def _next(self) -> Request | None:
+        """Return what to do next, or None when all that was asked before the end is done."""
+        while True:
+            if self._ending and not self._stopping:
+                # What had been sent before we were told to stop is still answered.
+                self._look()
+                self._stopping = True
+            elif not self._requests or time.monotonic() - self._looked_s > _LOOK_AFTER_S:
+                self._look()
+            if self._requests:
+                return self._requests.popleft()
+            if self._stopping:
+                return None
+
+    def _look(self) -> None:
+        """Read what there is, and if nothing is left to do wait for more; the stand-in may be reading at the moment."""
+        if not self._reading.acquire(blocking=False):
+            if self._requests:
+                return
+            self._wanted = True
+            self._wake()
+            self._reading.acquire()
+            self._wanted = False
+        try:
+            self._poll(0 if self._requests or self._ending else None)
+            while not self._requests and not self._ending:
+                self._poll(None)
+        finally:
+            self._reading.release()
+
+    def _work(self, request: Request) -> None:
+        connection = request.connection
+        if not connection.closed and not request.is_cancelled:
+            self._current = request
+            self._sequence += 1
+            self._busy_since = time.monotonic()
+            # In this order, and the stand-in looks in the other: it never rests while there is something to watch.
+            if self._resting:
+                self._rouse.set()
+            answer = self._predict(request)
+            self._busy_since = self._current = None
+            if not request.is_cancelled:
+                self._answer(connection, answer)
+        connection.unanswered.pop(request.request_id, None)
+        if connection.paused and len(connection.unanswered) <= MAX_UNANSWERED // 2:
+            self._notify(connection)
+
     def _finish(self) -> None:
         """Write out the answers and leave at once: exit handlers are the model's code."""
-        self._stopping = True
         deadline = time.monotonic() + _FLUSH_S
         while time.monotonic() < deadline and any(connection.flush() for connection in list(self._connections)):
             time.sleep(0.005)
@@ -158,19 +272,102 @@ class Server:
             sys.stderr.flush()
         os._exit(0)
 
-    # The reading thread -----------------------------------------------------------------------------------------
+    def _end(self) -> None:
+        self._ending = True
+        self._wake()
 
-    def _read_loop(self) -> None:
+    # The stand-in -----------------------------------------------------------------------------------------------
+
+    def _stand_by(self) -> None:
         try:
+            seen, idle_looks = -1, 0
             while True:
-                for key, events in self._selector.select():
-                    if isinstance(key.data, Connection):
-                        self._serve(key.data, events)
-                    else:
-                        key.data()
-        except BaseException:  # noqa: BLE001 (a runner that cannot read is of no use: die, so that the supervisor sees it)
+                idle_looks = idle_looks + 1 if seen == self._sequence else 0
+                seen = self._sequence
+                self._guard()
+                if idle_looks >= _REST_AFTER_LOOKS:
+                    self._rest(seen)
+                time.sleep(STAND_IN_AFTER_S)
+                if self._is_busy_with(seen):
+                    self._stand_in(seen)
+        except BaseException:  # noqa: BLE001 (a runner that cannot be watched is of no use: die, so that the supervisor sees it)
             traceback.print_exc()
             os._exit(70)
+
+    def _is_busy_with(self, sequence: int) -> bool:
+        return self._sequence == sequence and self._busy_since is not None
+
+    def _rest(self, seen: int) -> None:
+        """Wait until the main thread begins on a request; at a few looks a second an idle runner would keep a machine awake."""
+        self._rouse.clear()
+        self._resting = True
+        if self._sequence == seen and self._busy_since is None:
+            self._rouse.wait(None if self._predict_timeout_s is None else self._predict_timeout_s * _GUARD_EVERY)
+        self._resting = False
+
+    def _stand_in(self, sequence: int) -> None:
+        """Read while the model is busy with this request."""
+        if not self._reading.acquire(blocking=False):
+            return
+        try:
+            while self._is_busy_with(sequence) and not self._wanted:
+                self._guard()
+                self._poll(self._left_s())
+                self._end_if_hung(sequence)
+        finally:
+            self._reading.release()
+
+    def _guard(self) -> None:
+        """Put off the end that comes without this thread: a model that keeps the interpreter to itself lets nobody else run.
+
+        ``faulthandler`` waits in a thread that needs no interpreter; it then writes where the model is and ends the process with status 1.
+        """
+        limit_s, now_s = self._predict_timeout_s, time.monotonic()
+        if limit_s is not None and now_s >= self._guard_due_s:
+            self._guard_due_s = now_s + limit_s * _GUARD_EVERY
+            faulthandler.dump_traceback_later(limit_s * _GUARD_AFTER + 1.0, exit=True, file=2)
+
+    def _left_s(self) -> float | None:
+        """Seconds until there is something to do: the model is taken for hung, or the guard is due."""
+        limit_s = self._predict_timeout_s
+        return None if limit_s is None else max(0.0, min(limit_s - self._busy_s(), limit_s * _GUARD_EVERY))
+
+    def _end_if_hung(self, sequence: int) -> None:
+        limit_s, request = self._predict_timeout_s, self._current
+        if limit_s is None or request is None or self._busy_s() < limit_s or not self._is_busy_with(sequence):
+            return
+        message = f"the model has been busy with one request for more than {limit_s:g} s"
+        # Its caller is told, so that nobody tries the same elsewhere; the others are, as the connection ends.
+        request.connection.write(_failure(request.request_id, "expired", message))
+        with contextlib.suppress(OSError):
+            os.write(2, f"{message}: the runner ends itself\n".encode())
+        os._exit(HUNG_STATUS)
+
+    # Whoever reads ----------------------------------------------------------------------------------------------
+
+    def _poll(self, timeout_s: float | None) -> None:
+        while self._changed:
+            self._register(self._changed.popleft())
+        for key, events in self._selector.select(timeout_s):
+            if isinstance(key.data, Connection):
+                self._serve(key.data, events)
+            else:
+                key.data()
+        self._looked_s = time.monotonic()
+
+    def _wake(self) -> None:
+        """Have whoever waits for sockets look again; also called by a signal handler."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_sender, b"\0")
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_receiver, 4096)
+
+    def _notify(self, connection: Connection) -> None:
+        """Have whoever reads look at a connection again."""
+        self._changed.append(connection)
+        self._wake()
 
     def _accept(self) -> None:
         try:
@@ -184,24 +381,12 @@ class Server:
         self._connections.add(connection)
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
-    def _notify(self, connection: Connection) -> None:
-        """Have the reading thread look at a connection again."""
-        self._changed.append(connection)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_sender, b"\0")
-
-    def _apply_changes(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_receiver, 4096)
-        while self._changed:
-            self._register(self._changed.popleft())
-
     def _register(self, connection: Connection) -> None:
         if connection.closed:
             return
-        # Set before it is tested: the other thread counts down first and looks at the flag then.
+        # Set before it is tested: the main thread counts down first and looks at the flag then.
         connection.paused = True
-        connection.paused = connection.unanswered >= MAX_UNANSWERED
+        connection.paused = len(connection.unanswered) >= MAX_UNANSWERED
         events = 0 if connection.paused else selectors.EVENT_READ
         if connection.flush():
             events |= selectors.EVENT_WRITE
@@ -221,31 +406,41 @@ class Server:
 
     def _read(self, connection: Connection) -> None:
         try:
-            size = connection.sock.recv_into(self._buffer)
+            for frame in self._receive(connection):
+                self._take(connection, frame)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            size = 0
-        if size == 0:
             self._drop(connection)
             return
-        try:
-            # A stranger's bytes are read frame by frame: what follows the handshake is trusted only after it.
-            view = memoryview(self._buffer)[:size]
-            for frame in self._frames(connection, view):
-                self._take(connection, frame)
         except WireError as error:
             self._answer(connection, _failure(0, "protocol", str(error)))
             self._drop(connection)
             return
-        if connection.unanswered >= MAX_UNANSWERED:
+        if len(connection.unanswered) >= MAX_UNANSWERED:
             self._register(connection)
 
-    def _frames(self, connection: Connection, view: memoryview) -> Any:
-        while view and not connection.closed:
-            size = len(view) if connection.reader.trusted else 1
-            yield from connection.reader.feed(view[:size])
-            view = view[size:]
+    def _receive(self, connection: Connection) -> Iterable[Frame]:
+        """Return what is complete with the next bytes; the rest of a large tail is received in its place."""
+        reader = connection.reader
+        room = reader.room
+        if room is not None:
+            size = connection.sock.recv_into(room)
+            if size == 0:
+                raise ConnectionResetError
+            return reader.fill(size)
+        data = connection.sock.recv(_RECEIVE_BYTES)
+        if not data:
+            raise ConnectionResetError
+        return reader.feed(data) if reader.trusted else self._frames_of_a_stranger(connection, data)
+
+    @staticmethod
+    def _frames_of_a_stranger(connection: Connection, data: bytes) -> Iterator[Frame]:
+        """Read frame by frame: what follows the handshake is trusted only after it."""
+        while data and not connection.closed:
+            size = len(data) if connection.reader.trusted else 1
+            yield from connection.reader.feed(data[:size])
+            data = data[size:]
 
     def _drop(self, connection: Connection) -> None:
         if connection in self._connections:
@@ -256,24 +451,33 @@ class Server:
 
     def _take(self, connection: Connection, frame: Frame) -> None:
         request_id, operation = frame.meta.get("id"), frame.meta.get("op")
-        if not isinstance(request_id, int) or isinstance(request_id, bool):
+        if type(request_id) is not int:
             raise WireError("a frame's id is not an integer")
         if not connection.reader.trusted:
             self._handshake(connection, frame, request_id)
-        elif self._stopping:
-            self._answer(connection, _failure(request_id, "stopping", "the runner is stopping"))
         elif operation == "infer":
-            connection.count(1)
-            self._requests.put((connection, frame))
+            self._enqueue(connection, frame, request_id)
+        elif operation == "cancel":
+            request = connection.unanswered.get(request_id)
+            if request is not None:
+                request.is_cancelled = True
         elif operation in ("ping", "hello"):
             self._answer(connection, encode_frame({"id": request_id, "ok": True, "busy_s": self._busy_s()}))
         elif operation == "metadata":
-            self._answer(connection, encode_frame({"id": request_id, "ok": True}, json.dumps(self._metadata()).encode()))
+            self._answer(connection, encode_frame({"id": request_id, "ok": True}, encode_json(self._metadata())))
         elif operation == "stop":
             self._answer(connection, encode_frame({"id": request_id, "ok": True}))
-            self._requests.put(None)
+            self._end()
         else:
             self._answer(connection, _failure(request_id, "protocol", f"the runner has no operation {operation!r}"))
+
+    def _enqueue(self, connection: Connection, frame: Frame, request_id: int) -> None:
+        if self._stopping:
+            self._answer(connection, _failure(request_id, "stopping", "the runner is stopping"))
+            return
+        request = Request(connection, frame, request_id, _deadline_s(frame.meta.get("timeout_ms")))
+        connection.unanswered[request_id] = request
+        self._requests.append(request)
 
     def _handshake(self, connection: Connection, frame: Frame, request_id: int) -> None:
         given = frame.meta.get("token")
@@ -297,62 +501,90 @@ class Server:
         if connection.write(parts):
             self._notify(connection)
 
-    # The main thread --------------------------------------------------------------------------------------------
+    # One request ------------------------------------------------------------------------------------------------
 
-    def _predict(self, frame: Frame) -> list[Buffer]:
+    def _predict(self, request: Request) -> list[Buffer]:
+        if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
+            return _failure(request.request_id, "expired", "the request's time was over before the model could begin on it")
         started_ns = time.time_ns()
-        request_id = frame.meta["id"]
-        meta: dict[str, Any] = {"id": request_id, "ok": True}
+        model_s = 0.0
         head = b""
         tail: list[Buffer] = []
+        failure: dict[str, Any] | None = None
         try:
-            inputs, outputs, name = self._parse(frame)
-            answers = self._model.predict(inputs, outputs)
-            descriptions, tail = encode_tensors(answers)
-            head = json.dumps({"id": name, "outputs": descriptions}, separators=(",", ":")).encode()
+            call = self._call(request.frame.head)
+            inputs = decode_tensors(call.inputs, request.frame.tail)
+            began = time.perf_counter()
+            try:
+                answers = self._model.predict(inputs, call.outputs)
+            finally:
+                model_s = time.perf_counter() - began
+            specs, tail = encode_tensors(answers)
+            head = _answer_head(call.name, specs)
         except (InvalidInputError, WireError) as error:
-            meta.update(_error("invalid_input", str(error)))
+            failure = _error("invalid_input", str(error))
         except BaseException as error:  # noqa: BLE001 (the model's code may raise anything, SystemExit too)
             traceback.print_exc()
-            meta.update(_error("model_error", _sentence(error)))
-        span = _span(frame.meta.get("traceparent"), started_ns)
+            failure = _error("model_error", _sentence(error))
+        span = _span(request.frame.meta.get("traceparent"), started_ns)
+        if failure is None and span is None:
+            return join_frame(b'{"id":%d,"ok":true,"model_s":%.9f}' % (request.request_id, model_s), head, tail)
+        meta: dict[str, Any] = {"id": request.request_id, "ok": True, "model_s": model_s}
         if span is not None:
             meta["span"] = span
-        return encode_frame(meta, head, tail) if meta["ok"] else encode_frame(meta)
+        return encode_frame(meta, head, tail) if failure is None else encode_frame({**meta, **failure})
 
-    def _parse(self, frame: Frame) -> tuple[Arrays, list[str], Any]:
-        head = parse_json_object(frame.head, "head")
-        descriptions = head.get("inputs")
+    def _call(self, head: bytes) -> Call:
+        return self._remembered(head) if len(head) <= REMEMBERED_HEAD_BYTES else self._understand(head)
+
+    def _understand(self, data: bytes) -> Call:
+        head = parse_json_object(data, "head")
+        descriptions, name = head.get("inputs"), head.get("id")
         if not isinstance(descriptions, list):
             raise InvalidInputError("the request has no list 'inputs'")
-        arrays = decode_tensors(descriptions, frame.tail)
-        self._check_inputs(arrays, descriptions)
-        return arrays, self._requested(head.get("outputs")), head.get("id")
+        if not isinstance(name, (str, type(None))):
+            raise InvalidInputError("the request's id is not a string")
+        specs = read_descriptions(descriptions)
+        self._check_inputs(specs)
+        return Call(specs, self._requested(head.get("outputs")), name)
 
-    def _check_inputs(self, arrays: Arrays, descriptions: list[dict[str, Any]]) -> None:
+    def _check_inputs(self, specs: Sequence[TensorSpec]) -> None:
+        given = {spec.name for spec in specs}
         for name in self._inputs:
-            if name not in arrays:
+            if name not in given:
                 raise InvalidInputError(f"input '{name}' is missing")
-        for description in descriptions:
-            name, shape = description["name"], description["shape"]
-            spec = self._inputs.get(name)
-            if spec is None:
+        for name, datatype, shape, _ in specs:
+            wanted = self._inputs.get(name)
+            if wanted is None:
                 raise InvalidInputError(f"the model has no input '{name}'; it has {', '.join(sorted(self._inputs))}")
-            if description["datatype"] != spec["datatype"]:
-                raise InvalidInputError(f"input '{name}' expects {spec['datatype']}, got {description['datatype']}")
-            if not fits(shape, spec["shape"]):
-                raise InvalidInputError(f"input '{name}' expects shape {spec['shape']}, got {shape}")
+            if datatype != wanted["datatype"]:
+                raise InvalidInputError(f"input '{name}' expects {wanted['datatype']}, got {datatype}")
+            if not fits(shape, wanted["shape"]):
+                raise InvalidInputError(f"input '{name}' expects shape {wanted['shape']}, got {list(shape)}")
 
-    def _requested(self, requested: Any) -> list[str]:
+    def _requested(self, requested: Any) -> tuple[str, ...]:
         if not requested:
-            return self._outputs[:1]
+            return tuple(self._outputs[:1])
         names: dict[str, None] = {}
         for item in requested if isinstance(requested, list) else [requested]:
             name = str(item.get("name")) if isinstance(item, dict) else ""
             if name not in self._outputs:
                 raise InvalidInputError(f"the model has no output {name!r}; it has {', '.join(self._outputs)}")
             names[name] = None
-        return list(names)
+        return tuple(names)
+
+
+@lru_cache(maxsize=REMEMBERED_HEADS)
+def _answer_head(name: str | None, specs: tuple[TensorSpec, ...]) -> bytes:
+    return encode_json({"id": name, "outputs": describe_tensors(specs)})
+
+
+def _deadline_s(timeout_ms: Any) -> float | None:
+    if timeout_ms is None:
+        return None
+    if type(timeout_ms) is not int or not 0 <= timeout_ms <= _LONGEST_TIMEOUT_MS:
+        raise WireError("a frame's timeout_ms is not a whole number of milliseconds")
+    return time.monotonic() + timeout_ms / 1000
 
 
 def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:

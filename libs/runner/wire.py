@@ -3,7 +3,26 @@
 A frame is ``<u32 meta_len><u32 head_len><u64 tail_len>`` (little-endian), then *meta* (our JSON), *head* (the JSON of
 an Open Inference Protocol request or response) and *tail* (its raw tensors in order). Tensors use the protocol's
 binary layout: little-endian, row-major; an element of ``BYTES`` is ``<u32 length><bytes>``. In memory a ``BYTES``
-tensor is an object array of ``bytes``.
+tensor is an object array of ``bytes``. A head says names, datatypes, shapes and sizes and nothing that changes from
+one request to the next, so requests of equal shapes have equal heads, and both sides remember what a head means.
+
+The first frame of a connection is ``hello``; nothing else is read before it was accepted. *meta* of what a client says:
+
+======================= ==========================================================================================
+``op``                  beside it
+======================= ==========================================================================================
+``hello``               ``token``
+``infer``               ``timeout_ms`` (whole milliseconds from when the runner reads the frame; a request that it
+                        cannot begin in that time is answered ``expired``), ``traceparent``: both may be absent
+``cancel``              ``id`` is that of an earlier request: if it has not begun it is dropped; never answered
+``ping``, ``metadata``,
+``stop``                nothing
+======================= ==========================================================================================
+
+Each has an ``id`` (integer), which its answer repeats. An answer has ``ok``; when that is false, ``error`` with
+``kind`` (``invalid_input``, ``model_error``, ``expired``, ``stopping``, ``unauthenticated`` or ``protocol``) and
+``message``. What ``infer`` is answered has ``model_s``, the seconds inside the model (0 when it was not asked), and
+``span`` when the trace is sampled.
 
 Standard library and NumPy only, in Python 3.9 syntax: the runner and the platform import this same module.
 
@@ -18,8 +37,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Callable, NamedTuple, Union
 
 import numpy as np
 
@@ -27,12 +45,19 @@ PREFIX = struct.Struct("<IIQ")
 META_LIMIT_BYTES = 64 * 1024
 HEAD_LIMIT_BYTES = 64 * 1024 * 1024
 TAIL_LIMIT_BYTES = 1024 * 1024 * 1024
+REMEMBERED_HEADS = 1024
+"""How many heads each side remembers the meaning of, at most."""
+
+REMEMBERED_HEAD_BYTES = 4096
+"""Longer heads are not remembered."""
 
 Buffer = Union[bytes, bytearray, memoryview]
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 _LENGTH = struct.Struct("<I")
 _JOIN_BELOW_BYTES = 64 * 1024
+_LIMITS = (META_LIMIT_BYTES, HEAD_LIMIT_BYTES, TAIL_LIMIT_BYTES)
+_STRANGERS_LIMITS = (4096, 0, 0)
 
 
 class WireError(ValueError):
@@ -57,6 +82,11 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 """Datatype of the protocol -> NumPy dtype. BF16 is absent: NumPy has no such type."""
 
 _DATATYPES = {(dtype.kind, dtype.itemsize): name for name, dtype in NUMPY_DTYPES.items()}
+_RAW_DATATYPES = {dtype: name for name, dtype in NUMPY_DTYPES.items() if name != "BYTES"}
+"""Of arrays whose memory is what crosses the socket."""
+
+_scan_json = json.JSONDecoder().raw_decode
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str:
@@ -75,13 +105,12 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """One message. ``tail`` is writable memory of its own."""
 
     meta: dict[str, Any]
     head: bytes
-    tail: memoryview
+    tail: bytearray
 
 
 class FrameReader:
@@ -91,17 +120,20 @@ class FrameReader:
     ----------
     trusted
         Until the peer has proved who it is, only small frames are taken, so that a stranger cannot make us allocate.
+    loads
+        Parses the meta part; raises ``ValueError``.
     """
 
-    def __init__(self, trusted: bool = True) -> None:
+    def __init__(self, trusted: bool = True, loads: Callable[[bytes], Any] | None = None) -> None:
         self.trusted = trusted
+        self._loads = loads or loads_json
         self._prefix = bytearray()
         self._front = bytearray()
         self._tail = bytearray()
         self._meta_length = 0
         self._filled = -1
 
-    def feed(self, data: Buffer) -> list[Frame]:
+    def feed(self, data: bytes) -> list[Frame]:
         """Take the next chunk and return the frames that are complete with it.
 
         Raises
@@ -110,7 +142,48 @@ class FrameReader:
             A length is beyond its limit or the meta part is not a JSON object; the stream cannot be read further.
         """
         frames: list[Frame] = []
-        view = memoryview(data)
+        position = self._cut(data, frames) if self._filled < 0 and not self._prefix else 0
+        if position < len(data):
+            self._feed_slowly(memoryview(data)[position:], frames)
+        return frames
+
+    @property
+    def room(self) -> memoryview | None:
+        """Where the rest of a half-read tail belongs, so that it can be received in its place; None when nothing is."""
+        start = self._filled - len(self._front)
+        return memoryview(self._tail)[start:] if self._filled >= 0 and start >= 0 else None
+
+    def fill(self, size: int) -> list[Frame]:
+        """Count in ``size`` bytes that were received into ``room``, and return the frame if that was the rest of it."""
+        self._filled += size
+        return [self._finish()] if self._filled == len(self._front) + len(self._tail) else []
+
+    def _cut(self, data: bytes, frames: list[Frame]) -> int:
+        """Take the frames that a chunk has whole, and return where they end."""
+        position, end = 0, len(data)
+        while end - position >= PREFIX.size:
+            lengths = PREFIX.unpack_from(data, position)
+            head_begin = position + PREFIX.size + lengths[0]
+            tail_begin = head_begin + lengths[1]
+            tail_end = tail_begin + lengths[2]
+            if tail_end > end:
+                break
+            self._check(*lengths)
+            meta = self._parse(data[position + PREFIX.size : head_begin])
+            frames.append(Frame(meta, data[head_begin:tail_begin], bytearray(data[tail_begin:tail_end])))
+            position = tail_end
+        return position
+
+    def _check(self, meta_length: int, head_length: int, tail_length: int) -> None:
+        limits = _LIMITS if self.trusted else _STRANGERS_LIMITS
+        if meta_length > limits[0] or head_length > limits[1] or tail_length > limits[2]:
+            for name, length, limit in zip(("meta", "head", "tail"), (meta_length, head_length, tail_length), limits):
+                if length > limit:
+                    raise WireError(f"a frame's {name} part has {length} bytes; at most {limit} are taken")
+        if meta_length == 0:
+            raise WireError("a frame has no meta part")
+
+    def _feed_slowly(self, view: memoryview, frames: list[Frame]) -> None:
         while view:
             if self._filled < 0:
                 missing = PREFIX.size - len(self._prefix)
@@ -122,18 +195,11 @@ class FrameReader:
             view = self._fill(view)
             if self._filled == len(self._front) + len(self._tail):
                 frames.append(self._finish())
-        return frames
 
     def _begin(self) -> None:
         meta_length, head_length, tail_length = PREFIX.unpack(self._prefix)
         self._prefix.clear()
-        limits = (META_LIMIT_BYTES, HEAD_LIMIT_BYTES, TAIL_LIMIT_BYTES) if self.trusted else (4096, 0, 0)
-        names = ("meta", "head", "tail")
-        for name, length, limit in zip(names, (meta_length, head_length, tail_length), limits):
-            if length > limit:
-                raise WireError(f"a frame's {name} part has {length} bytes; at most {limit} are taken")
-        if meta_length == 0:
-            raise WireError("a frame has no meta part")
+        self._check(meta_length, head_length, tail_length)
         self._meta_length = meta_length
         self._front = bytearray(meta_length + head_length)
         self._tail = bytearray(tail_length)
@@ -157,8 +223,25 @@ class FrameReader:
 
     def _finish(self) -> Frame:
         self._filled = -1
-        meta = parse_json_object(bytes(self._front[: self._meta_length]), "meta")
-        return Frame(meta, bytes(self._front[self._meta_length :]), memoryview(self._tail))
+        meta = self._parse(bytes(self._front[: self._meta_length]))
+        tail, self._tail = self._tail, bytearray()
+        return Frame(meta, bytes(self._front[self._meta_length :]), tail)
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        try:
+            value = self._loads(data)
+        except (ValueError, RecursionError) as error:
+            raise WireError("the meta part of a frame is not JSON") from error
+        if not isinstance(value, dict):
+            raise WireError("the meta part of a frame is not a JSON object")
+        return value
+
+
+def loads_json(data: bytes) -> Any:
+    """Parse JSON; much faster than ``json.loads`` for small texts. Raises ``ValueError``; white space before the value is an error too."""
+    text = data.decode()
+    value, end = _scan_json(text)
+    return value if end == len(text) else json.loads(text)
 
 
 def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
@@ -170,7 +253,7 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
         The text is not JSON, or not an object.
     """
     try:
-        value = json.loads(data)
+        value = loads_json(data)
     except (ValueError, RecursionError) as error:
         raise WireError(f"the {what} part of a frame is not JSON") from error
     if not isinstance(value, dict):
@@ -178,14 +261,41 @@ def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def encode_json(value: Any) -> bytes:
+    """Return JSON without spaces; for what is not worth remembering."""
+    return _encode_json(value).encode()
+
+
 def encode_frame(meta: Mapping[str, Any], head: bytes = b"", tail: Sequence[Buffer] = ()) -> list[Buffer]:
     """Return a frame as buffers to be written in order; small frames are one buffer, large tensors are not copied."""
-    meta_bytes = json.dumps(meta, separators=(",", ":")).encode()
-    tail_length = sum(len(part) for part in tail)
-    front = PREFIX.pack(len(meta_bytes), len(head), tail_length) + meta_bytes + head
+    return join_frame(encode_json(meta), head, tail)
+
+
+def join_frame(meta: bytes, head: bytes = b"", tail: Sequence[Buffer] = ()) -> list[Buffer]:
+    """As ``encode_frame``, for a meta part that is encoded already."""
+    tail_length = sum(map(len, tail))
+    prefix = PREFIX.pack(len(meta), len(head), tail_length)
     if tail_length <= _JOIN_BELOW_BYTES:
-        return [b"".join([front, *tail])]
-    return [front, *tail]
+        return [b"".join((prefix, meta, head, *tail))]
+    return [b"".join((prefix, meta, head)), *tail]
+
+
+class TensorSpec(NamedTuple):
+    """What a head says of a tensor; ``size_bytes`` is its part of the tail."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as the Open Inference Protocol writes it."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "datatype": self.datatype,
+            "parameters": {"binary_data_size": self.size_bytes},
+        }
 
 
 def encode_tensor(name: str, array: np.ndarray[Any, Any]) -> tuple[dict[str, Any], Buffer]:
@@ -196,22 +306,25 @@ def encode_tensor(name: str, array: np.ndarray[Any, Any]) -> tuple[dict[str, Any
     WireError
         The array's type has no datatype in the protocol.
     """
-    datatype = datatype_of(array.dtype)
+    spec, data = _encode(name, array)
+    return spec.describe(), data
+
+
+def _encode(name: str, array: np.ndarray[Any, Any]) -> tuple[TensorSpec, Buffer]:
+    datatype = _RAW_DATATYPES.get(array.dtype)
     data: Buffer
-    if datatype == "BYTES":
-        data = _encode_elements(array)
-    elif array.size == 0:
-        data = b""
+    if datatype is not None and array.nbytes <= _JOIN_BELOW_BYTES:
+        data = array.tobytes()
     else:
-        wanted = np.ascontiguousarray(array, dtype=NUMPY_DTYPES[datatype])
-        data = wanted.reshape(-1).view(np.uint8).data
-    description = {
-        "name": name,
-        "shape": list(array.shape),
-        "datatype": datatype,
-        "parameters": {"binary_data_size": len(data)},
-    }
-    return description, data
+        datatype = datatype or datatype_of(array.dtype)
+        data = _encode_elements(array) if datatype == "BYTES" else _memory(array, NUMPY_DTYPES[datatype])
+    return TensorSpec(name, datatype, array.shape, len(data)), data
+
+
+def _memory(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Buffer:
+    if array.size == 0:
+        return b""
+    return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
 
 
 def _encode_elements(array: np.ndarray[Any, Any]) -> bytes:
@@ -223,61 +336,85 @@ def _encode_elements(array: np.ndarray[Any, Any]) -> bytes:
     return b"".join(parts)
 
 
-def encode_tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[dict[str, Any]], list[Buffer]]:
-    """Encode named arrays in their order."""
-    descriptions: list[dict[str, Any]] = []
+def encode_tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
+    """Encode named arrays in their order; what comes first can be the key of a remembered head."""
+    specs: list[TensorSpec] = []
     buffers: list[Buffer] = []
     for name, array in arrays.items():
-        description, data = encode_tensor(name, array)
-        descriptions.append(description)
+        spec, data = _encode(name, array)
+        specs.append(spec)
         buffers.append(data)
-    return descriptions, buffers
+    return tuple(specs), buffers
 
 
-def decode_tensors(descriptions: Iterable[Any], tail: Buffer) -> Arrays:
-    """Return the named arrays that ``descriptions`` cut out of ``tail``, without copying when they are aligned.
+def describe_tensors(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """Return the list ``inputs`` or ``outputs`` of a head."""
+    return [spec.describe() for spec in specs]
+
+
+def read_descriptions(descriptions: Iterable[Any]) -> tuple[TensorSpec, ...]:
+    """Check the list ``inputs`` or ``outputs`` of a head as far as that needs no tail.
 
     Raises
     ------
     WireError
-        A description is malformed, a name occurs twice, or the sizes and the bytes do not agree.
+        A description is malformed, its size and shape do not agree, or a name occurs twice.
     """
-    arrays: Arrays = {}
-    view = memoryview(tail)
+    specs: dict[str, TensorSpec] = {}
     for description in descriptions:
-        name, datatype, shape, size = _read_description(description)
-        if name in arrays:
-            raise WireError(f"tensor '{name}' occurs twice")
-        if size > len(view):
-            raise WireError(f"tensor '{name}' announces {size} bytes but only {len(view)} are left")
-        arrays[name] = decode_tensor(name, datatype, shape, view[:size])
-        view = view[size:]
-    if view:
-        raise WireError(f"{len(view)} bytes follow the last tensor")
-    return arrays
+        spec = _read_description(description)
+        if spec.name in specs:
+            raise WireError(f"tensor '{spec.name}' occurs twice")
+        specs[spec.name] = spec
+    return tuple(specs.values())
 
 
-def _read_description(description: Any) -> tuple[str, str, list[int], int]:
+def _read_description(description: Any) -> TensorSpec:
     if not isinstance(description, dict):
         raise WireError("a tensor's description is not an object")
     name = description.get("name")
     if not isinstance(name, str) or not name:
         raise WireError("a tensor has no name")
     datatype = description.get("datatype")
-    if datatype not in NUMPY_DTYPES:
+    if not isinstance(datatype, str) or datatype not in NUMPY_DTYPES:
         raise WireError(f"tensor '{name}' has datatype {datatype!r}, which is not supported")
     shape = description.get("shape")
     if not isinstance(shape, list) or not all(_is_count(dimension) for dimension in shape):
         raise WireError(f"tensor '{name}' needs a shape of non-negative integers, got {shape!r}")
     parameters = description.get("parameters")
-    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    size: Any = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if not _is_count(size):
         raise WireError(f"tensor '{name}' has no binary_data_size")
-    return name, datatype, shape, size  # type: ignore[return-value]
+    if datatype != "BYTES":
+        _check_size(name, datatype, shape, size)
+    return TensorSpec(name, datatype, tuple(shape), size)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def decode_tensors(specs: Iterable[TensorSpec], tail: Buffer) -> Arrays:
+    """Return the named arrays that ``specs`` cut out of ``tail``, without copying when they are aligned.
+
+    Raises
+    ------
+    WireError
+        The sizes and the bytes do not agree.
+    """
+    arrays: Arrays = {}
+    position = 0
+    for name, datatype, shape, size_bytes in specs:
+        if position + size_bytes > len(tail):
+            raise WireError(f"tensor '{name}' announces {size_bytes} bytes but only {len(tail) - position} are left")
+        if datatype == "BYTES":
+            arrays[name] = _decode_elements(name, shape, bytes(memoryview(tail)[position : position + size_bytes]))
+        else:
+            arrays[name] = _view(name, datatype, shape, tail, position)
+        position += size_bytes
+    if position != len(tail):
+        raise WireError(f"{len(tail) - position} bytes follow the last tensor")
+    return arrays
 
 
 def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> np.ndarray[Any, Any]:
@@ -288,18 +425,28 @@ def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: memoryvi
     WireError
         The number of bytes does not agree with datatype and shape.
     """
-    count = math.prod(shape)
     if datatype == "BYTES":
-        return _decode_elements(name, count, data).reshape(shape)
-    dtype = NUMPY_DTYPES[datatype]
-    if count * dtype.itemsize != len(data):
-        raise WireError(f"tensor '{name}' has {len(data)} bytes; {datatype} of shape {list(shape)} takes {count * dtype.itemsize}")
-    array = np.frombuffer(data, dtype=dtype, count=count).reshape(shape)
+        return _decode_elements(name, shape, bytes(data))
+    _check_size(name, datatype, shape, len(data))
+    return _view(name, datatype, shape, data, 0)
+
+
+def _check_size(name: str, datatype: str, shape: Sequence[int], size_bytes: int) -> None:
+    taken = math.prod(shape) * NUMPY_DTYPES[datatype].itemsize
+    if taken != size_bytes:
+        raise WireError(f"tensor '{name}' has {size_bytes} bytes; {datatype} of shape {list(shape)} takes {taken}")
+
+
+def _view(name: str, datatype: str, shape: Sequence[int], tail: Buffer, position: int) -> np.ndarray[Any, Any]:
+    try:
+        array: np.ndarray[Any, Any] = np.ndarray(shape, NUMPY_DTYPES[datatype], tail, position)
+    except (ValueError, OverflowError) as error:
+        raise WireError(f"tensor '{name}' cannot have shape {list(shape)}") from error
     return array if array.flags.aligned else array.copy()
 
 
-def _decode_elements(name: str, count: int, data: memoryview) -> np.ndarray[Any, Any]:
-    raw = bytes(data)
+def _decode_elements(name: str, shape: Sequence[int], raw: bytes) -> np.ndarray[Any, Any]:
+    count = math.prod(shape)
     if count * _LENGTH.size > len(raw):
         raise WireError(f"tensor '{name}' has fewer than {count} elements")
     elements = np.empty(count, dtype=object)
@@ -314,4 +461,7 @@ def _decode_elements(name: str, count: int, data: memoryview) -> np.ndarray[Any,
         elements[index] = raw[end_of_length:position]
     if position != len(raw):
         raise WireError(f"tensor '{name}' has {len(raw) - position} bytes after its last element")
-    return elements
+    try:
+        return elements.reshape(shape)
+    except ValueError as error:
+        raise WireError(f"tensor '{name}' cannot have shape {list(shape)}") from error

@@ -1,10 +1,32 @@
 """``python -m services.gateway``"""
 
+import sys
+
 import uvloop
 
+from libs.lifecycle import Component
 from libs.process import run_service
 from services.gateway.app import build
 from services.gateway.settings import Settings
+from services.gateway.workers import SupervisorWatch, Workers, worker_number, worker_settings
+
+
+def main() -> None:
+    """Run the gateway in this process, or in as many workers as it is told to have."""
+    number = worker_number(sys.argv[1:])
+
+    def settings() -> Settings:
+        return Settings() if number is None else worker_settings(Settings(), number)
+
+    def components(settings: Settings) -> list[Component]:
+        if number is None and settings.workers > 1:
+            return [Workers(settings)]
+        if number is None:
+            return list(build(settings).components)
+        return [*build(settings, reuse_port=True).components, SupervisorWatch()]
+
+    run_service("gateway", settings, components, uvloop.run)
+
 
 if __name__ == "__main__":
-    run_service("gateway", Settings, lambda settings: build(settings).components, uvloop.run)
+    main()

@@ -1,4 +1,4 @@
-"""Who may do what: bearer API keys, or the local user when there are none. Deny by default."""
+"""Who may do what: API keys, or the local user when there are none. Deny by default."""
 
 import hashlib
 import hmac
@@ -18,6 +18,7 @@ MIN_KEY_CHARACTERS = 16
 
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64}):(?P<digest>[0-9a-fA-F]{64})")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_AWS_CREDENTIAL = re.compile(rb"(?:^|[ ,])Credential=(?P<key>[^,\s]+)/[0-9]{8}/[^/,\s]+/[^/,\s]+/aws4_request(?=[,\s]|$)")
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,12 @@ class AccessControl:
             _refuse_foreign_pages(headers)
         if route is not None and route.permission is None:
             return ANYONE
-        principal = self._authenticate(headers.get(b"authorization")) if self.needs_keys else LOCAL
+        principal = self._authenticate(_key(headers)) if self.needs_keys else LOCAL
         if route is not None and route.permission not in principal.permissions:
             raise ForbiddenError(f"{principal.name} may not {route.permission} here")
         return principal
 
-    def _authenticate(self, authorization: bytes | None) -> Principal:
-        if authorization is None:
-            raise UnauthenticatedError("credentials are needed: send the header Authorization: Bearer <key>")
-        scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() != b"bearer":
-            raise UnauthenticatedError("this scheme of Authorization is not known here; send Authorization: Bearer <key>")
+    def _authenticate(self, key: bytes) -> Principal:
         presented = hashlib.sha256(key.strip()).digest()
         holder = None
         for name, digest in self._digests.items():  # all of them, so that the time taken tells nothing
@@ -83,6 +79,31 @@ class AccessControl:
         if holder is None:
             raise UnauthenticatedError("the API key is not known here")
         return Principal(holder, frozenset(Permission))
+
+
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key that a caller shows: as a bearer token, in ``x-goog-api-key`` as Google's clients do, or as the access key id of AWS's.
+
+    The signature that comes with an access key id is not checked (only digests of keys are known here): such a key travels in the
+    open, just as a bearer token does.
+
+    Raises
+    ------
+    UnauthenticatedError
+        There is none.
+    """
+    authorization = headers.get(b"authorization")
+    if authorization is None:
+        if b"x-goog-api-key" in headers:
+            return headers[b"x-goog-api-key"]
+        raise UnauthenticatedError("credentials are needed: send the header Authorization: Bearer <key>")
+    scheme, _, credentials = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return credentials
+    signed = _AWS_CREDENTIAL.search(credentials) if scheme == b"AWS4-HMAC-SHA256" else None
+    if signed is None:
+        raise UnauthenticatedError("this scheme of Authorization is not known here; send Authorization: Bearer <key>")
+    return signed["key"]
 
 
 def access_control(settings: Settings) -> AccessControl:

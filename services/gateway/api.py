@@ -139,6 +139,11 @@ def _add_endpoints(api: FastAPI, management: Management) -> None:
         """Set the whole traffic split."""
         return _response(await management.set_traffic(endpoint, body, wait_s(prefer)))
 
+    @api.put("/api/v1/endpoints/{endpoint}/prediction-log", tags=["endpoints"])
+    async def set_prediction_log(endpoint: str, body: bodies.NewPredictionLog, prefer: Prefer = None) -> Response:
+        """Set how an endpoint's requests are logged."""
+        return _response(await management.set_prediction_log(endpoint, body, wait_s(prefer)))
+
 
 def _add_log(api: FastAPI, management: Management) -> None:
     journal = management.journal

@@ -1,6 +1,6 @@
 """Wiring of the gateway."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from libs import artifacts
@@ -16,24 +16,29 @@ from libs.messaging.kafka import KafkaBroker
 from schemas.topics import COMMANDS, DLQ, EVENTS, STATE
 from services.gateway.access import access_control
 from services.gateway.api import create_api
+from services.gateway.batching import BatchLimits
 from services.gateway.catalog import Catalog
 from services.gateway.commands import Commander
+from services.gateway.dataplane import DataPlane, DataPlaneLimits
+from services.gateway.doors import invocations, v1, v2, vertex
 from services.gateway.front import Front
 from services.gateway.handlers import Management
 from services.gateway.health import Health
 from services.gateway.journal import MAX_DEAD_LETTERS, MAX_EVENTS, Journal
-from services.gateway.predict import PredictDoors
-from services.gateway.runners import Runners
+from services.gateway.predictions import Handler, Read
+from services.gateway.recorder_stub import NoRecorder
 from services.gateway.server import HttpServer
 from services.gateway.settings import Settings
+from services.gateway.tracing import tracing
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """The whole service: what runs, in the order it starts, and the ASGI application it serves."""
+    """The whole service: what runs, in the order it starts, and what its HTTP server serves."""
 
     components: Sequence[Component]
-    app: Front
+    front: Front
+    dataplane: DataPlane
     server: HttpServer
 
 
@@ -44,6 +49,7 @@ def build(
     store: ArtifactStore | None = None,
     clock: Clock = cloudevents.utc_now,
     spans: RunnerSpans | None = None,
+    reuse_port: bool = False,
 ) -> Gateway:
     """Wire the gateway; opens nothing yet.
 
@@ -58,26 +64,60 @@ def build(
     catalog, journal, health = Catalog(), Journal(), Health()
     commander = Commander(broker, catalog, journal, clock, settings.broker_timeout_s)
     pool = RunnerPool(settings.runner.key_file, spans or runner_spans(settings.telemetry))
-    runners = Runners(catalog, pool, settings.replica_wait_ms / 1000)
-    doors = PredictDoors(catalog, runners, health, settings.predict_timeout_ms, settings.predict_max_bytes)
+    recorder = NoRecorder()
+    dataplane = DataPlane(catalog, pool, recorder, data_plane_limits(settings))
     management = Management(catalog, journal, commander, store, health, settings.command_wait_s, settings.artifacts.max_bytes)
-    app = Front(
+    front = Front(
         access,
-        doors.handlers(),
+        _reads(settings, catalog),
+        _handlers(catalog, health),
         create_api(management),
+        dataplane,
+        tracing(settings.telemetry),
         predict_max_bytes=settings.predict_max_bytes,
         management_max_bytes=settings.management_max_bytes,
     )
-    server = HttpServer(app, health, settings.host, settings.http_port, settings.drain_timeout_s)
+    server = HttpServer(
+        front, health, settings.host, settings.http_port, settings.http, settings.drain_timeout_s, reuse_port=reuse_port
+    )
     components = (
-        runners,
+        dataplane,
         commander,
         StateFollower(broker, catalog, health),
         Follower(broker, [COMMANDS.name, EVENTS.name], journal.apply, MAX_EVENTS),
         Follower(broker, [DLQ.name], journal.apply_dead_letter, MAX_DEAD_LETTERS),
         server,
     )
-    return Gateway(components, app, server)
+    return Gateway(components, front, dataplane, server)
+
+
+def data_plane_limits(settings: Settings) -> DataPlaneLimits:
+    """What the settings say of how long requests may take, and how many may wait."""
+    return DataPlaneLimits(
+        timeout_ms=settings.predict_timeout_ms,
+        replica_wait_s=settings.replica_wait_ms / 1000,
+        accepted=settings.accepted_requests,
+        batch=BatchLimits(settings.batch_rows, settings.batch_bytes, settings.batches_in_flight, settings.queue_requests),
+    )
+
+
+def _reads(settings: Settings, catalog: Catalog) -> Mapping[tuple[str, str], Read]:
+    max_bytes = settings.predict_max_bytes
+    return {
+        **v1.reads(max_bytes),
+        **v2.reads(max_bytes),
+        **vertex.reads(max_bytes),
+        **invocations.reads(catalog, settings.default_endpoint, max_bytes),
+    }
+
+
+def _handlers(catalog: Catalog, health: Health) -> Mapping[tuple[str, str], Handler]:
+    return {
+        **v1.handlers(catalog),
+        **v2.handlers(catalog, health),
+        **vertex.handlers(catalog),
+        **invocations.handlers(catalog, health),
+    }
 
 
 class StateFollower(Follower):

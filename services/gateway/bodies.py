@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from schemas.base import Alias, Name, Percent, Sha256, VersionNumber
+from schemas.predictions import PredictionLogMode
 from schemas.registry import ArtifactFormat, Labels
 
 
@@ -58,12 +59,21 @@ class AliasTarget(Body):
     version: VersionNumber
 
 
+class NewPredictionLog(Body):
+    """How an endpoint's requests shall be logged; what is absent is the default."""
+
+    mode: PredictionLogMode = PredictionLogMode.BEST_EFFORT
+    sample_percent: float = Field(default=100.0, ge=0, le=100, description="Percent of the requests whose inputs and outputs are kept.")
+    max_rows_per_s: int = Field(default=10_000, ge=0, le=2**31 - 1, description="Most rows of inputs and outputs kept per second.")
+
+
 class NewEndpoint(Body):
     """An endpoint to create."""
 
     name: Name
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)
+    prediction_log: NewPredictionLog | None = None
 
 
 class NewDeployment(Body):

@@ -18,6 +18,7 @@ from schemas.registry import (
     EndpointDeleted,
     EndpointSnapshot,
     ModelSnapshot,
+    PredictionLogChanged,
     RegisterVersion,
     TrafficChanged,
     VersionAlreadyRegistered,
@@ -163,6 +164,10 @@ def shows(catalog: Catalog, command: Payload, command_id: str, fact: Payload) ->
         case TrafficChanged():
             endpoint = catalog.endpoints.get(fact.endpoint_name)
             return endpoint is None or endpoint.traffic == fact.traffic or catalog.has_seen(EndpointSnapshot.topic, command_id)
+        case PredictionLogChanged():
+            endpoint = catalog.endpoints.get(fact.endpoint_name)
+            changed = endpoint is None or endpoint.prediction_log == fact.prediction_log
+            return changed or catalog.has_seen(EndpointSnapshot.topic, command_id)
         case _:
             return True
 

@@ -3,13 +3,17 @@
 MillraceError
 ├── ForbiddenError          known, or local, and not allowed · 403
 ├── MethodNotAllowedError   the path exists, the method does not · 405
+├── NotAcceptableError      none of the forms that the caller accepts is known · 406
+├── UnsupportedMediaTypeError  a body of a type that is not taken here · 415
+├── ClientGoneError         nobody is left to be told
+├── LogUnavailableError     an endpoint's log must be complete and cannot be written · 503
 └── InternalError           a bug; what happened is in the log · 500
 """
 
 from collections.abc import Sequence
 from http import HTTPStatus
 
-from libs.errors import MillraceError
+from libs.errors import MillraceError, NotReadyError
 
 
 class ForbiddenError(MillraceError):
@@ -28,5 +32,25 @@ class MethodNotAllowedError(MillraceError):
         self.allowed = tuple(allowed)
 
 
+class NotAcceptableError(MillraceError):
+    """None of the forms that the caller accepts is one that answers are given in."""
+
+    http_status = HTTPStatus.NOT_ACCEPTABLE
+
+
+class UnsupportedMediaTypeError(MillraceError):
+    """A body of a content type, or in a character set, that is not taken here."""
+
+    http_status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
 class InternalError(MillraceError):
     """What a caller is told of a bug."""
+
+
+class ClientGoneError(MillraceError):
+    """The client went away before it was answered; nobody is told."""
+
+
+class LogUnavailableError(NotReadyError):
+    """The endpoint requires its prediction log, which cannot be written at the moment."""

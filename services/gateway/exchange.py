@@ -20,11 +20,14 @@ TOLD = "millrace.error"
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A request: the parameters of its path, its headers (lower-case names) and its body."""
+    """A request: the parameters of its path, its headers (lower-case names), its body,
+    the query as it stands in the request line, and the id that the answer carries."""
 
     parameters: Mapping[str, str]
     headers: Headers
     body: bytes | bytearray = b""
+    query: bytes = b""
+    request_id: str = ""
 
     def header(self, name: bytes) -> str | None:
         """A header as text."""

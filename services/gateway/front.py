@@ -1,52 +1,71 @@
-"""The ASGI front: every request passes here. Route, admit, trace, answer, and translate errors into HTTP."""
+"""The front: every HTTP request passes here. Route, authorise, answer, and translate errors into HTTP."""
 
 import asyncio
 import logging
+import random
 import re
 import time
-import uuid
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 
-from opentelemetry.semconv.attributes import (
-    client_attributes,
-    error_attributes,
-    http_attributes,
-    network_attributes,
-    server_attributes,
-    url_attributes,
-    user_agent_attributes,
-)
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry import trace
+from opentelemetry.trace import Span
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from libs import telemetry
 from libs.errors import MillraceError
-from services.gateway import routes
-from services.gateway.access import AccessControl
+from libs.inference.routing import Route
+from services.gateway import routes, tracing
+from services.gateway.access import AccessControl, Principal
+from services.gateway.dataplane import DataPlane
+from services.gateway.error_bodies import error_answer
 from services.gateway.errors import InternalError
-from services.gateway.exchange import TOLD, Headers, Incoming, error_answer, read_body
-from services.gateway.predict import Handler
+from services.gateway.exchange import TOLD, Incoming, Outgoing, read_body
+from services.gateway.http import AsgiApp, Exchange
+from services.gateway.predictions import Caller, Read
 from services.gateway.routes import Door, Found, HttpRoute
+from services.gateway.tracing import Tracing, traceparent_of
 
 log = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+Handler = Callable[[Incoming], Awaitable[Outgoing]]
 
-LINGER_S = 2.0
-LINGER_BYTES = 64 * 2**20
-"""What a client still sends after its request was refused is read for a while, or it would see a broken connection, not the reason."""
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What follows from the head of a request alone; equal heads of one connection share it."""
+
+    found: Found
+    principal: Principal
+    error: MillraceError | None
+    read: Read | None
+    request_id: str | None
+
+
+@dataclass(slots=True)
+class Visit:
+    """One request on its way."""
+
+    admission: Admission
+    request_id: str
+    started_s: float
+    span: Span | None
 
 
 class Front:
-    """The whole gateway as one ASGI application.
+    """Answers every request of the HTTP server.
 
     Parameters
     ----------
-    plain
-        Handlers of the plain routes, by method and template.
+    reads
+        Predict doors, by method and route template.
+    handlers
+        Handlers of the other plain routes.
     api
         The management API.
     """
@@ -54,130 +73,193 @@ class Front:
     def __init__(
         self,
         access: AccessControl,
-        plain: Mapping[tuple[str, str], Handler],
+        reads: Mapping[tuple[str, str], Read],
+        handlers: Mapping[tuple[str, str], Handler],
         api: ASGIApp,
+        dataplane: DataPlane,
+        spans: Tracing,
         *,
         predict_max_bytes: int,
         management_max_bytes: int,
     ) -> None:
         self._access = access
-        self._plain = plain
+        self._reads = reads
+        self._handlers = handlers
         self._api = api
+        self._dataplane = dataplane
+        self._spans = spans
         self._predict_max_bytes = predict_max_bytes
         self._management_max_bytes = management_max_bytes
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+    def admit(self, exchange: Exchange) -> int | AsgiApp | None:
+        """Look at the head of a request: how much body it may have, or who answers it."""
+        head = exchange.head
+        admission: Admission | None = head.memo
+        if admission is None:
+            admission = head.memo = self._admission(exchange)
+        request_id = admission.request_id or f"{random.getrandbits(128):032x}"
+        route = admission.found.route
+        span = self._spans.start(exchange, route, request_id)
+        visit = exchange.context = Visit(admission, request_id, time.perf_counter(), span)
+        if admission.error is not None:
+            self._fail(exchange, admission.error)
+            return None
+        if route is None or route.door is Door.PLAIN:
+            exchange.on_refused = partial(self._refuse, exchange)
+            return self._predict_max_bytes if exchange.method == "POST" else 0
+        return partial(self._run_api, exchange, visit)
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer a plain request, now or later."""
+        visit: Visit = exchange.context
+        admission, span = visit.admission, visit.span
+        incoming = Incoming(admission.found.parameters, exchange.headers, exchange.body, exchange.query, visit.request_id)
+        if admission.read is None:
+            self._later(self._run_handler(exchange, visit, incoming))
             return
-        started = time.perf_counter()
-        headers: Headers = dict(scope["headers"])
-        request_id = _request_id(headers)
-        found = routes.find(scope["method"], _raw_path(scope))
-        exchange = _Exchange(receive, send, headers, request_id)
-        with (
-            telemetry.log_context(request_id=request_id),
-            telemetry.tracer().start_as_current_span(
-                _span_name(scope, found.route),
-                telemetry.extract(headers.get(b"traceparent", b"").decode("latin-1")),
-                SpanKind.SERVER,
-                {**_span_attributes(scope, headers, found.route), "millrace.request_id": request_id},
-            ) as span,
-        ):
-            error = await self._answer(scope, headers, found, exchange)
-            _end_span(span, exchange.status, error)
-            _log_request(scope, found.route, exchange.status, time.perf_counter() - started, error)
-
-    async def _answer(self, scope: Scope, headers: Headers, found: Found, exchange: "_Exchange") -> MillraceError | None:
-        """Answer a request; the value is the error that the answer tells, if it tells one."""
         try:
-            self._access.admit(found.route, headers)
-            if found.error is not None:
-                raise found.error
-            if found.route is None:
-                return None
-            return await self._dispatch(found.route, found.parameters, scope, headers, exchange)
-        except ClientDisconnect:
-            return None
+            ask = admission.read(incoming)
+            caller = Caller(visit.request_id, admission.principal.name, None if span is None else traceparent_of(span))
+            pending = self._dataplane.submit(ask, caller, partial(self._answer, exchange))
         except MillraceError as error:
-            told = error
+            self._fail(exchange, error)
         except Exception:
-            log.exception("a bug: %s %s failed", scope["method"], found.route.template if found.route else scope["path"])
-            told = InternalError("something went wrong in the gateway; its log tells more under this request's x-request-id")
-        if exchange.status == 0:
-            await error_answer(told).send(exchange.send)
-        return told
+            log.exception("a bug: %s was not handled", exchange.raw_path[:200])
+            self._bug(exchange)
+        else:
+            if not pending.is_over:
+                exchange.on_gone = partial(self._gone, exchange, pending)
+            if span is not None and pending.route is not None:
+                _describe(span, pending.route)
 
-    async def _dispatch(
-        self, route: HttpRoute, parameters: Mapping[str, str], scope: Scope, headers: Headers, exchange: "_Exchange"
-    ) -> MillraceError | None:
-        if route.door is Door.PLAIN:
-            body = await read_body(exchange.receive, headers, self._predict_max_bytes) if route.method == "POST" else b""
-            answer = await self._plain[route.method, route.template](Incoming(parameters, headers, body))
-            await answer.send(exchange.send)
-            return None
-        receive: Receive = exchange.receive
+    def _admission(self, exchange: Exchange) -> Admission:
+        found = routes.find(exchange.method, exchange.raw_path.decode("latin-1"))
+        given = exchange.headers.get(b"x-request-id")
+        request_id = given.decode("latin-1") if given is not None and _REQUEST_ID.fullmatch(given) else None
+        principal, error = _NOBODY, found.error
+        try:
+            principal = self._access.admit(found.route, exchange.headers)
+        except MillraceError as refusal:
+            error = refusal
+        read = self._reads.get((found.route.method, found.route.template)) if found.route else None
+        return Admission(found, principal, error, read, request_id)
+
+    def _refuse(self, exchange: Exchange, status: int, sentence: str) -> None:
+        """Answer for the server, whose reasons lie in the body, in the form that the path's clients know."""
+        self._fail(exchange, _BodyError(status, sentence))
+
+    def _answer(self, exchange: Exchange, result: Outgoing | MillraceError) -> None:
+        """Send what the data plane says."""
+        exchange.on_gone = None
+        if isinstance(result, MillraceError):
+            self._fail(exchange, result)
+        else:
+            self._send(exchange, result)
+
+    def _fail(self, exchange: Exchange, error: MillraceError) -> None:
+        self._send(exchange, error_answer(error, exchange.raw_path), error)
+
+    def _bug(self, exchange: Exchange) -> None:
+        self._fail(exchange, InternalError("something went wrong in the gateway; its log tells more under this request's x-request-id"))
+
+    def _send(self, exchange: Exchange, outgoing: Outgoing, error: MillraceError | None = None) -> None:
+        visit: Visit = exchange.context
+        if not exchange.is_gone:
+            headers = ((b"content-type", outgoing.media_type), (b"x-request-id", visit.request_id.encode()), *outgoing.headers)
+            exchange.respond(outgoing.status, headers, outgoing.body)
+        self._end(exchange, outgoing.status, error)
+
+    def _gone(self, exchange: Exchange, pending: object) -> None:
+        self._dataplane.cancel(pending)  # type: ignore[arg-type]
+        self._end(exchange, 0, None)
+
+    def _end(self, exchange: Exchange, status: int, error: MillraceError | None) -> None:
+        visit: Visit = exchange.context
+        if visit.span is not None:
+            tracing.end(visit.span, status, error)
+            visit.span = None
+        _log_request(exchange, visit, status, error)
+
+    async def _run_handler(self, exchange: Exchange, visit: Visit, incoming: Incoming) -> None:
+        route = visit.admission.found.route
+        assert route is not None  # noqa: S101 - ``admit`` has answered what leads nowhere
+        with telemetry.log_context(request_id=visit.request_id), _current(visit.span):
+            try:
+                self._send(exchange, await self._handlers[route.method, route.template](incoming))
+            except MillraceError as error:
+                self._fail(exchange, error)
+            except Exception:
+                log.exception("a bug: %s was not handled", exchange.raw_path[:200])
+                self._bug(exchange)
+
+    async def _run_api(self, exchange: Exchange, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the management API on a request; it reads the body itself."""
+        answered = _Answered(send, visit.request_id)
+        error: MillraceError | None = None
+        with telemetry.log_context(request_id=visit.request_id), _current(visit.span):
+            try:
+                error = await self._ask_api(visit, scope, receive, answered)
+            except ClientDisconnect:
+                pass
+            except MillraceError as told:
+                error = told
+            except Exception:
+                log.exception("a bug: %s %s failed", scope["method"], scope["path"])
+                error = InternalError("something went wrong in the gateway; its log tells more under this request's x-request-id")
+            if error is not None and answered.status == 0:
+                await error_answer(error, exchange.raw_path).send(answered)
+            self._end(exchange, answered.status, error)
+
+    async def _ask_api(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> MillraceError | None:
+        route = visit.admission.found.route
         scope = {**scope}
-        if route.door is Door.API:
-            body = await read_body(receive, headers, self._management_max_bytes)
+        if route is not None and route.door is Door.API:
+            body = await read_body(receive, dict(scope["headers"]), self._management_max_bytes)
             scope["headers"] = _as_json(scope["headers"])
             receive = _replayed(bytes(body), receive)
-        await self._api(scope, receive, exchange.send)
+        await self._api(scope, receive, send)
         told: MillraceError | None = scope.get(TOLD)
         return told
 
+    def _later(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-class _Exchange:
-    """The two ends of a request, watched: what was answered, and whether more of the body is to come.
 
-    When a request is refused before all of it was read, the rest is read and thrown away for a while, and the connection closed.
-    """
+_NOBODY = Principal("nobody", frozenset())
 
-    def __init__(self, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
-        self._receive = receive
+
+class _Answered:
+    """The sending end of an ASGI request: names the request in the answer's head, and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._request_id = request_id.encode()
-        self._has_more = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         self.status = 0
 
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            self._has_more = False
-        return message
-
-    async def send(self, message: Message) -> None:
-        refusing = self.status >= 400 and self._has_more
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = [*message["headers"], (b"x-request-id", self._request_id)]
-            if self.status >= 400 and self._has_more:
-                headers.append((b"connection", b"close"))
-            await self._send({**message, "headers": headers})
-        elif refusing and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})
-            await self._discard()
-            await self._send({"type": "http.response.body", "body": b""})
-        else:
-            await self._send(message)
-
-    async def _discard(self) -> None:
-        read_bytes = 0
-        try:
-            async with asyncio.timeout(LINGER_S):
-                while self._has_more and read_bytes < LINGER_BYTES:
-                    read_bytes += len((await self.receive()).get("body", b""))
-        except TimeoutError:
-            return
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", self._request_id)]}
+        await self._send(message)
 
 
-def _request_id(headers: Headers) -> str:
-    given = headers.get(b"x-request-id", b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+def _current(span: Span | None) -> "trace._AgnosticContextManager[Span]":
+    return trace.use_span(span if span is not None else trace.INVALID_SPAN)
 
 
-def _raw_path(scope: Scope) -> str:
-    raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    return raw.decode("latin-1")
+class _BodyError(MillraceError):
+    """What the HTTP server says of a body; carries its own status."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.http_status = HTTPStatus(status)  # type: ignore[misc]
+
+
+def _describe(span: Span, route: Route) -> None:
+    span.set_attributes({"millrace.endpoint": route.endpoint_name, "millrace.model": route.model_name, "millrace.version": route.version})
 
 
 def _as_json(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -195,44 +277,24 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _span_name(scope: Scope, route: HttpRoute | None) -> str:
-    method = scope["method"] if scope["method"] in _METHODS else "HTTP"
-    return f"{method} {route.template}" if route else method
-
-
-def _span_attributes(scope: Scope, headers: Headers, route: HttpRoute | None) -> Mapping[str, str | int]:
-    attributes: MutableMapping[str, Any] = {
-        http_attributes.HTTP_REQUEST_METHOD: scope["method"] if scope["method"] in _METHODS else "_OTHER",
-        url_attributes.URL_PATH: scope["path"][:1024],
-        url_attributes.URL_SCHEME: scope.get("scheme", "http"),
-        network_attributes.NETWORK_PROTOCOL_VERSION: scope.get("http_version", "1.1"),
-    }
-    if route is not None:
-        attributes[http_attributes.HTTP_ROUTE] = route.template
-    if scope.get("client"):
-        attributes[client_attributes.CLIENT_ADDRESS] = scope["client"][0]
-    if scope.get("server"):
-        attributes[server_attributes.SERVER_ADDRESS] = scope["server"][0]
-        if scope["server"][1] is not None:
-            attributes[server_attributes.SERVER_PORT] = scope["server"][1]
-    if b"user-agent" in headers:
-        attributes[user_agent_attributes.USER_AGENT_ORIGINAL] = headers[b"user-agent"].decode("latin-1")[:256]
-    return attributes
-
-
-def _end_span(span: Span, status: int, error: MillraceError | None) -> None:
-    if status:
-        span.set_attribute(http_attributes.HTTP_RESPONSE_STATUS_CODE, status)
-    if status >= 500:
-        span.set_attribute(error_attributes.ERROR_TYPE, type(error).__name__ if error else str(status))
-        span.set_status(Status(StatusCode.ERROR, error.message if error else None))
-
-
-def _log_request(scope: Scope, route: HttpRoute | None, status: int, duration_s: float, error: MillraceError | None) -> None:
-    level = logging.DEBUG if route is not None and route.door is Door.PLAIN and status < 400 else logging.INFO
+def _log_request(exchange: Exchange, visit: Visit, status: int, error: MillraceError | None) -> None:
+    """Log a request: all of the management API, of the others what went wrong here."""
+    route: HttpRoute | None = visit.admission.found.route
+    level = logging.DEBUG if route is not None and route.door is Door.PLAIN and status < 500 else logging.INFO
     if not log.isEnabledFor(level):
         return
-    fields = {"status": status or "client gone", "duration_s": round(duration_s, 4)}
+    duration_s = time.perf_counter() - visit.started_s
+    fields: dict[str, object] = {
+        "status": status or "client gone",
+        "duration_s": round(duration_s, 4),
+        "request_id": visit.request_id,
+    }
     if error is not None:
         fields["error"] = error.message
-    log.log(level, "%s %s", scope["method"], route.template if route else scope["path"][:200], extra={"fields": fields})
+    log.log(
+        level,
+        "%s %s",
+        exchange.method,
+        route.template if route else exchange.raw_path.decode("latin-1")[:200],
+        extra={"fields": fields},
+    )

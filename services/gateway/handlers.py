@@ -13,6 +13,7 @@ from libs.artifacts import ArtifactNotFoundError, ArtifactStore
 from libs.errors import InvalidArgumentError, NotFoundError, PayloadTooLargeError
 from libs.messaging.dead_letter import original
 from schemas.base import Command, Payload
+from schemas.predictions import PredictionLogSettings
 from schemas.registry import (
     MAX_EXAMPLE_BYTES,
     ArchiveVersion,
@@ -25,6 +26,7 @@ from schemas.registry import (
     Lineage,
     RegisterVersion,
     SetAlias,
+    SetPredictionLog,
     SetTraffic,
     UndeployVersion,
     VersionAlreadyRegistered,
@@ -140,7 +142,12 @@ class Management:
 
     async def create_endpoint(self, body: bodies.NewEndpoint, wait_s: float | None) -> Answer:
         """Create an endpoint."""
-        command = CreateEndpoint(endpoint_name=body.name, labels=body.labels, description=body.description)
+        command = CreateEndpoint(
+            endpoint_name=body.name,
+            labels=body.labels,
+            description=body.description,
+            prediction_log=None if body.prediction_log is None else _prediction_log(body.prediction_log),
+        )
         return await self._submit(command, wait_s, lambda fact: Answer(201, self._endpoint(body.name, fact)))
 
     async def delete_endpoint(self, endpoint: str, force: bool, wait_s: float | None) -> Answer:
@@ -190,6 +197,11 @@ class Management:
                 raise InvalidArgumentError(f"the split names deployment {deployment_id!r} twice")
             traffic[deployment_id] = percent
         command = SetTraffic(endpoint_name=endpoint, traffic=traffic)
+        return await self._submit(command, wait_s, lambda fact: Answer(200, self._endpoint(endpoint, fact)))
+
+    async def set_prediction_log(self, endpoint: str, body: bodies.NewPredictionLog, wait_s: float | None) -> Answer:
+        """Set how an endpoint's requests are logged."""
+        command = SetPredictionLog(endpoint_name=endpoint, prediction_log=_prediction_log(body))
         return await self._submit(command, wait_s, lambda fact: Answer(200, self._endpoint(endpoint, fact)))
 
     # Operations, events, dead letters
@@ -265,6 +277,10 @@ class Management:
         if len(found) > 1:
             raise InvalidArgumentError(f"version {name} of several models is deployed to endpoint {endpoint!r}: {', '.join(found)}")
         return found[0]
+
+
+def _prediction_log(body: bodies.NewPredictionLog) -> PredictionLogSettings:
+    return PredictionLogSettings(mode=body.mode, sample_percent=body.sample_percent, max_rows_per_s=body.max_rows_per_s)
 
 
 def _checked(make: Callable[[], C]) -> C:

@@ -39,6 +39,7 @@ ANSWERS: Mapping[type[Payload], tuple[type[Payload], ...]] = {
     registry.DeployVersion: (registry.DeploymentRequested,),
     registry.UndeployVersion: (registry.DeploymentRemovalRequested,),
     registry.SetTraffic: (registry.TrafficChanged,),
+    registry.SetPredictionLog: (registry.PredictionLogChanged,),
     registry.DeleteEndpoint: (registry.EndpointDeleted,),
 }
 """The facts that answer a command; others with the same cause are what else it led to."""

@@ -29,6 +29,10 @@ class Door(StrEnum):
     API_STREAM = "api_stream"
 
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+"""Methods of RFC 9110; in traces all others are ``HTTP``."""
+
+
 @dataclass(frozen=True)
 class HttpRoute:
     """A row of the table; ``permission`` None means public."""
@@ -57,13 +61,37 @@ ROUTES = (
     HttpRoute("GET", "/v1/models", Permission.PREDICT, Door.PLAIN),
     HttpRoute("POST", "/v1/models/{model}:predict", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v1/models/{model}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1/models/{model}/versions/{version}:predict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1/models/{model}/labels/{alias}:predict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v1/models/{model}/versions/{version}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v1/models/{model}/labels/{alias}", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v2", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v2/models/{model}", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v2/models/{model}/versions/{version}", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v2/models/{model}/ready", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v2/models/{model}/versions/{version}/ready", Permission.PREDICT, Door.PLAIN),
     HttpRoute("POST", "/v2/models/{model}/infer", Permission.PREDICT, Door.PLAIN),
     HttpRoute("POST", "/v2/models/{model}/versions/{version}/infer", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models/{model}/config", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v2/models/{model}/versions/{version}/config", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v2/repository/index", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v2/repository/models/{model}/load", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v2/repository/models/{model}/unload", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/ping", None, Door.PLAIN),
+    HttpRoute("GET", "/health", None, Door.PLAIN),
+    HttpRoute("GET", "/version", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/invocations", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/endpoints/{endpoint}/invocations", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/api/2.0/endpoints/", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/api/2.0/endpoints/{endpoint}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1/projects/{project}/locations/{location}/endpoints/{endpoint}:predict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1/projects/{project}/locations/{location}/endpoints/{endpoint}:rawPredict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v1/projects/{project}/locations/{location}/endpoints/{endpoint}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1beta1/projects/{project}/locations/{location}/endpoints/{endpoint}:predict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/v1beta1/projects/{project}/locations/{location}/endpoints/{endpoint}:rawPredict", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/v1beta1/projects/{project}/locations/{location}/endpoints/{endpoint}", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/docs", Permission.READ, Door.API),
     HttpRoute("GET", "/docs/oauth2-redirect", Permission.READ, Door.API),
     HttpRoute("GET", "/static-offline-docs/{file}", Permission.READ, Door.API),
@@ -84,6 +112,7 @@ ROUTES = (
     HttpRoute("POST", "/api/v1/endpoints/{endpoint}/deployments", Permission.MANAGE, Door.API),
     HttpRoute("DELETE", "/api/v1/endpoints/{endpoint}/deployments/{deployment_id}", Permission.MANAGE, Door.API),
     HttpRoute("PUT", "/api/v1/endpoints/{endpoint}/traffic", Permission.MANAGE, Door.API),
+    HttpRoute("PUT", "/api/v1/endpoints/{endpoint}/prediction-log", Permission.MANAGE, Door.API),
     HttpRoute("GET", "/api/v1/operations/{operation_id}", Permission.READ, Door.API),
     HttpRoute("GET", "/api/v1/events", Permission.READ, Door.API),
     HttpRoute("GET", "/api/v1/dead-letters", Permission.READ, Door.API),
@@ -109,13 +138,16 @@ def find(method: str, raw_path: str) -> Found:
     except InvalidArgumentError as error:
         return Found(None, error=error)
     allowed: list[str] = []
+    fits_another = False
     for route in ROUTES_BY_LENGTH.get(len(segments), ()):
         parameters = _match(route, segments)
         if parameters is None:
             continue
-        if route.method == method:
-            return Found(route, parameters, _problem(parameters))
-        if route.method not in allowed:
+        problem = _problem(parameters)
+        if route.method == method and not (problem and fits_another):
+            return Found(route, parameters, problem)
+        fits_another = fits_another or problem is None
+        if route.method not in (method, *allowed):
             allowed.append(route.method)
     if allowed:
         return Found(None, error=MethodNotAllowedError(f"{raw_path[:200]} does not take {method}; it takes {', '.join(allowed)}", allowed))
@@ -151,6 +183,7 @@ ROUTES_BY_LENGTH = _by_length(ROUTES)
 NAME_RULE = get_args(Name)[1].description
 ALIAS_RULE = get_args(Alias)[1].description
 _VERSION_PATTERN = r"[1-9][0-9]{0,8}"
+_PLACE_RULE = "1 to 100 letters, digits, '.', '_', ':' or '-'; starts and ends with a letter or digit"
 _ID_RULE = "up to 200 letters, digits, '.', '_', ':' or '-'"
 
 
@@ -171,6 +204,8 @@ CHECKS: Mapping[str, Callable[[str], None]] = {
     "endpoint": _checker("an endpoint name", NAME_PATTERN, NAME_RULE),
     "alias": _checker("an alias", ALIAS_PATTERN, ALIAS_RULE),
     "version": _checker("a version", _ALIAS_OR_NUMBER, f"a number from 1 on, or an alias ({ALIAS_RULE.rstrip('.')})"),
+    "project": _checker("a project", r"[A-Za-z0-9](?:[A-Za-z0-9._:-]{0,98}[A-Za-z0-9])?", _PLACE_RULE),
+    "location": _checker("a location", r"[A-Za-z0-9](?:[A-Za-z0-9._:-]{0,98}[A-Za-z0-9])?", _PLACE_RULE),
     "deployment_id": _checker(
         "a deployment id",
         rf"{NAME_PATTERN.strip('^$')}\.{NAME_PATTERN.strip('^$')}\.{_VERSION_PATTERN}",

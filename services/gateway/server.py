@@ -1,70 +1,82 @@
-"""The HTTP server as a component: uvicorn on one socket, without its own ideas about signals and logs."""
+"""The HTTP server as a component: it listens, drains and stops."""
 
 import asyncio
-import contextlib
+import logging
+import resource
 import socket
-from collections.abc import Iterator
-
-import orjson
-import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from libs.errors import ConfigurationError
 from services.gateway.health import Health
+from services.gateway.http import Application, Connections
+from services.gateway.settings import HttpSettings
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1_024
+"""Connections that may wait to be accepted; the kernel's own bound (``net.core.somaxconn``) may be lower."""
+
+SPARE_FILES = 512
+"""Open files that are left for everything else: the broker, the runners, uploads."""
 
 
 class HttpServer:
-    """Serves an ASGI application.
+    """Serves an application on one socket.
 
-    ``stop`` takes no new connections, lets requests in flight end for up to ``drain_timeout_s``, and then cancels them.
+    ``stop`` takes no new connections, closes idle ones, lets requests in flight end for up to ``drain_timeout_s``, and then breaks
+    them off.
+
+    Parameters
+    ----------
+    reuse_port
+        Share the port with other processes (``SO_REUSEPORT``); the kernel spreads the connections.
 
     Attributes
     ----------
     port
         The port listened on, once started.
+    connections
+        The connections, once started.
     """
 
-    def __init__(self, app: ASGIApp, health: Health, host: str, port: int, drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        application: Application,
+        health: Health,
+        host: str,
+        port: int,
+        limits: HttpSettings,
+        drain_timeout_s: float,
+        *,
+        reuse_port: bool = False,
+    ) -> None:
+        self._application = application
         self._health = health
         self._host = host
         self.port = port
-        config = uvicorn.Config(
-            app,
-            loop="none",
-            http=_Protocol,
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(drain_timeout_s)),
-        )
-        self._server = _Server(config)
-        self._serving: asyncio.Task[None] | None = None
+        self._drain_timeout_s = drain_timeout_s
+        self._limits = limits
+        self._reuse_port = reuse_port
+        self._server: asyncio.Server | None = None
+        self.connections: Connections | None = None
 
     async def start(self) -> None:
+        allow_open_files(self._limits.max_connections + SPARE_FILES)
         listener = self._listen()
         self.port = listener.getsockname()[1]
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started:
-            await asyncio.wait({self._serving}, timeout=0.005)
-            if self._serving.done():
-                self._serving.result()
-                raise ConfigurationError(f"the HTTP server on {self._host}:{self.port} ended while it started")
+        loop = asyncio.get_running_loop()
+        self.connections = Connections(self._application, self._limits, loop)
+        self._server = await loop.create_server(self.connections.make, sock=listener, backlog=BACKLOG)
 
     async def run(self) -> None:
-        if self._serving is not None:
-            await asyncio.shield(self._serving)
+        await asyncio.Event().wait()
 
     async def stop(self) -> None:
         self._health.close()
-        if self._serving is not None:
-            self._server.should_exit = True
-            await self._serving
+        if self._server is None or self.connections is None:
+            return
+        self._server.close()
+        self._server = None
+        await self.connections.drain(self._drain_timeout_s)
 
     def _listen(self) -> socket.socket:
         try:
@@ -76,6 +88,9 @@ class HttpServer:
             raise ConfigurationError(f"the address {self._host!r} cannot be used: {error.strerror}") from error
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._reuse_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an accepted socket takes it from its listener
             listener.bind(address)
             listener.setblocking(False)
         except OSError as error:
@@ -86,17 +101,12 @@ class HttpServer:
         return listener
 
 
-class _Protocol(HttpToolsProtocol):
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Answer what is no HTTP in JSON, like every other error."""
-        body = orjson.dumps({"error": "the request is not valid HTTP"})
-        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % len(body) + body)
-        self.transport.close()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals belong to the process's life-cycle, not to one of its components."""
-        yield
+def allow_open_files(wanted: int) -> None:
+    """Let this process open so many files, as far as the system allows: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning("only %d open files are allowed: set GATEWAY_HTTP_MAX_CONNECTIONS below %d", allowed, max(1, allowed - SPARE_FILES))

@@ -6,6 +6,67 @@ from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.settings import ArtifactSettings, KafkaSettings, ProcessSettings, RunnerSettings, TelemetrySettings
+from schemas.base import NAME_PATTERN
+
+
+class HttpSettings(BaseSettings):
+    """Limits and deadlines of the HTTP server; ``docs/http-limits.md`` says what happens at each."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_HTTP_", frozen=True)
+
+    max_connections: int = Field(4_096, ge=1, description="Most connections at once; a further one is answered 503.")
+    max_connections_per_client: int = Field(
+        512,
+        ge=1,
+        description="Most connections at once from one address (IPv6: one /64); loopback is exempt. A further one is answered 503.",
+    )
+    max_head_bytes: int = Field(32_768, ge=1_024, description="Longest head of a request, in bytes; else 431.")
+    max_header_bytes: int = Field(16_384, ge=256, description="Longest header field, name and value, in bytes; else 431.")
+    max_headers: int = Field(100, ge=8, description="Most header fields of a request; else 431.")
+    max_target_bytes: int = Field(8_192, ge=256, description="Longest URL of a request, in bytes; else 414.")
+    max_ahead_bytes: int = Field(
+        65_536, ge=1_024, description="Bytes of pipelined requests that are read while one is being answered; then reading pauses."
+    )
+    max_buffered_bytes: int = Field(
+        2**30, ge=2**20, description="Memory for bodies that are being received, all connections together, in bytes; else 503."
+    )
+    first_byte_timeout_s: float = Field(10.0, gt=0, description="Time a new connection may be silent, in seconds.")
+    idle_timeout_s: float = Field(75.0, gt=0, description="Time a connection may be silent between two requests, in seconds.")
+    head_timeout_s: float = Field(
+        10.0, gt=0, description="Time from the first byte of a request to the end of its head, in seconds; else 408."
+    )
+    body_timeout_s: float = Field(
+        10.0, gt=0, description="A body must bring min_bytes_per_s on average over every so many seconds, or its end; else 408."
+    )
+    write_timeout_s: float = Field(
+        20.0, gt=0, description="A client must take min_bytes_per_s of its answer on average over every so many seconds; else it is cut."
+    )
+    min_bytes_per_s: int = Field(1_024, ge=1, description="Slowest pace of a body and of an answer, in bytes per second.")
+    half_closed_timeout_s: float = Field(
+        1.0,
+        gt=0,
+        description="Time in which a client that ended its sending side still gets its answer, in seconds; then it counts as gone.",
+    )
+
+
+class GrpcSettings(BaseSettings):
+    """The gRPC door; ``docs/protocols/grpc.md`` says what happens at each limit. Messages are as large as ``predict_max_bytes`` allows."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_GRPC_", frozen=True)
+
+    enabled: bool = Field(True, description="Whether there is a gRPC door.")
+    port: int = Field(8081, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    max_connections: int = Field(1_024, ge=1, description="Most connections at once; a further one is told to go away.")
+    max_streams: int = Field(1_000, ge=1, description="Most calls of one connection at once; the client holds further ones back.")
+    max_metadata_bytes: int = Field(16_384, ge=1_024, description="Longest metadata of a call, compressed, in bytes.")
+    max_buffered_bytes: int = Field(
+        512 * 2**20, ge=2**20, description="Memory for messages that are being received, all connections together, in bytes."
+    )
+    header_timeout_s: float = Field(
+        10.0, gt=0, description="Time for the greeting of a new connection, and for metadata or a frame that has begun, in seconds."
+    )
+    body_timeout_s: float = Field(60.0, gt=0, description="Time in which the message of a call must be complete, in seconds.")
+    idle_timeout_s: float = Field(600.0, gt=0, description="Time a connection may be without calls, in seconds.")
 
 
 class Settings(BaseSettings):
@@ -18,18 +79,29 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", validation_alias=AliasChoices("GATEWAY_HOST", "GATEWAY_HTTP_HOST"), description="Address to listen on.")
     http_port: int = Field(8080, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    workers: int = Field(1, ge=1, le=64, description="Processes that share the port, each with its own queues; 1: no others are started.")
     api_keys: SecretStr = Field(SecretStr(""), description="Bearer keys, as name:key,name:key; each key has at least 16 characters.")
     api_keys_file: Path | None = Field(None, description="File with lines name:SHA-256 of the key (hex); # begins a comment.")
     management_max_bytes: int = Field(
         1_000_000, ge=1_024, description="Largest body of a management request, in bytes: a command is one record."
     )
     predict_max_bytes: int = Field(64 * 2**20, ge=1_024, description="Largest body of a predict request, in bytes.")
+    default_endpoint: str | None = Field(
+        None, pattern=NAME_PATTERN, description="Endpoint that POST /invocations is for; when absent, the only one there is."
+    )
     predict_timeout_ms: int = Field(
         30_000, ge=1, description="Time a predict request may take when the caller does not say, in milliseconds."
     )
     replica_wait_ms: int = Field(
         5_000, ge=0, description="Longest time a predict request waits for a replica that is being restarted, in milliseconds."
     )
+    batch_rows: int = Field(1024, ge=1, le=1_000_000, description="Most rows of one batch.")
+    batch_bytes: int = Field(8 * 2**20, ge=1_024, description="Largest inputs of one batch, in bytes; a larger request goes alone.")
+    batches_in_flight: int = Field(1, ge=1, le=64, description="Batches that one replica is given at once.")
+    queue_requests: int = Field(
+        1024, ge=1, description="Most predict requests that wait for one deployment; further ones are refused with 429."
+    )
+    accepted_requests: int = Field(10_000, ge=1, description="Most predict requests that are answered at once, all deployments together.")
     command_wait_s: float = Field(
         10.0, ge=0, le=60, description="Time to wait for a command's event when the caller does not say, in seconds."
     )
@@ -37,6 +109,8 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         10.0, gt=0, description="Longest time requests in flight may take once the process is told to stop, in seconds."
     )
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    grpc: GrpcSettings = Field(default_factory=GrpcSettings)
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
     runner: RunnerSettings = Field(default_factory=RunnerSettings)

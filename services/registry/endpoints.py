@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from schemas.predictions import PredictionLogSettings
 from schemas.registry import (
     CreateEndpoint,
     DeleteEndpoint,
@@ -13,7 +14,9 @@ from schemas.registry import (
     EndpointCreated,
     EndpointDeleted,
     EndpointSnapshot,
+    PredictionLogChanged,
     Replica,
+    SetPredictionLog,
     SetTraffic,
     TrafficChanged,
     UndeployVersion,
@@ -32,13 +35,26 @@ def create(state: State, command: CreateEndpoint, context: Context) -> Decision:
     existing = state.endpoints.get(name)
     if existing is not None and (existing.labels, existing.description) != (command.labels, command.description):
         raise conflict(f"endpoint {name!r} exists already, with other labels or another description")
-    fact = EndpointCreated(endpoint_name=name, labels=command.labels, description=command.description)
+    if existing is not None and command.prediction_log not in (None, existing.prediction_log):
+        raise conflict(f"endpoint {name!r} exists already, with another prediction log")
+    said = {"endpoint_name": name, "labels": command.labels, "description": command.description}
+    prediction_log = existing.prediction_log if existing is not None else command.prediction_log or PredictionLogSettings()
+    fact = EndpointCreated(**said, prediction_log=prediction_log)
     if existing is not None:
         return Decision((fact,))
-    endpoint = EndpointSnapshot(
-        endpoint_name=name, labels=command.labels, description=command.description, created_at=context.now, updated_at=context.now
-    )
+    endpoint = EndpointSnapshot(**said, prediction_log=prediction_log, created_at=context.now, updated_at=context.now)
     return Decision((fact,), (endpoint,))
+
+
+def set_prediction_log(state: State, command: SetPredictionLog, context: Context) -> Decision:
+    """Another way of logging an endpoint's requests; the same one again is answered as it is."""
+    endpoint = state.endpoint(command.endpoint_name)
+    fact = PredictionLogChanged(
+        endpoint_name=endpoint.endpoint_name, prediction_log=command.prediction_log, previous=endpoint.prediction_log
+    )
+    if command.prediction_log == endpoint.prediction_log:
+        return Decision((fact,))
+    return Decision((fact,), (endpoint.model_copy(update={"prediction_log": command.prediction_log, "updated_at": context.now}),))
 
 
 def deploy(state: State, command: DeployVersion, context: Context) -> Decision:

@@ -34,6 +34,7 @@ COMMAND_RULES: Mapping[type[Payload], Rule] = {
     contract.DeployVersion: endpoints.deploy,
     contract.UndeployVersion: endpoints.undeploy,
     contract.SetTraffic: endpoints.set_traffic,
+    contract.SetPredictionLog: endpoints.set_prediction_log,
     contract.DeleteEndpoint: endpoints.delete,
 }
 

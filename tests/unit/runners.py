@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from libs.inference.tokens import runner_token
-from libs.runner.wire import FrameReader, decode_tensors, encode_frame, encode_tensors
+from libs.runner.wire import FrameReader, decode_tensors, describe_tensors, encode_frame, encode_tensors, read_descriptions
 from schemas.registry import Replica
 
 KEY = b"the platform's runner key"
@@ -69,7 +69,7 @@ class FakeRunner:
         elif frame.meta["op"] == "ping":
             meta["busy_s"] = self.busy_s
         elif frame.meta["op"] == "infer":
-            rows = decode_tensors(json.loads(frame.head)["inputs"], frame.tail)["input"]
+            rows = decode_tensors(read_descriptions(json.loads(frame.head)["inputs"]), frame.tail)["input"]
             self.asked.append(frame.meta)
             self.rows.append(rows.tolist())
             behaviour = self.behave(len(self.asked))
@@ -82,8 +82,8 @@ class FakeRunner:
             if behaviour is not None:
                 meta = {"id": frame.meta["id"], "ok": False, "error": {"kind": behaviour[0], "message": behaviour[1]}}
             else:
-                descriptions, tail = encode_tensors({"predict": np.asarray(rows.sum(axis=1) + self.offset)})
-                head = json.dumps({"outputs": descriptions}).encode()
+                specs, tail = encode_tensors({"predict": np.asarray(rows.sum(axis=1) + self.offset)})
+                head = json.dumps({"outputs": describe_tensors(specs)}).encode()
             if frame.meta.get("traceparent") or self.span is not None:
                 meta["span"] = self.span or {"span_id": "00000000000000aa", "start_ns": 1, "end_ns": 2}
         for part in encode_frame(meta, head, tail):

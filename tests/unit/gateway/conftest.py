@@ -144,20 +144,16 @@ def make_settings(directory: Path, **changes: Any) -> Settings:
 
 @asynccontextmanager
 async def make_world(
-    directory: Path, *, registry: bool = True, serve: bool = False, spans: Any = None, **changes: Any
+    directory: Path, *, registry: bool = True, spans: Any = None, **changes: Any
 ) -> AsyncIterator[World]:
-    """A world; ``serve`` puts the gateway behind a real HTTP server, ``registry=False`` leaves commands unanswered."""
+    """A world behind a real HTTP server; ``registry=False`` leaves commands unanswered."""
     broker, store = MemoryBroker(), MemoryStore()
     gateway = build(make_settings(directory, **changes), broker=broker, store=store, clock=lambda: NOW, spans=spans)
-    parts = list(gateway.components) if serve else [part for part in gateway.components if part is not gateway.server]
     async with AsyncExitStack() as stack:
         if registry:
             await stack.enter_async_context(running(build_registry(RegistrySettings(), broker=broker, clock=lambda: NOW)))
-        await stack.enter_async_context(running(parts))
-        if serve:
-            http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.server.port}", timeout=10, trust_env=False)
-        else:
-            http = httpx.AsyncClient(transport=httpx.ASGITransport(app=gateway.app), base_url="http://127.0.0.1:8080", timeout=10)
+        await stack.enter_async_context(running(gateway.components))
+        http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.server.port}", timeout=10, trust_env=False)
         await stack.enter_async_context(http)
         world = World(gateway, broker, store, http, directory)
         try:

@@ -14,10 +14,12 @@ from services.gateway.routes import ROUTES, Door, find
 from tests.unit.gateway.conftest import make_settings
 
 KEY = "correct-horse-battery"
-PUBLIC = {"/healthz", "/v2/health/live", "/v2/health/ready"}
+PUBLIC = {"/healthz", "/ping", "/health", "/v2/health/live", "/v2/health/ready"}
 FILLED = {
     "{model}": "m",
     "{endpoint}": "e",
+    "{project}": "p",
+    "{location}": "us-central1",
     "{version}": "1",
     "{alias}": "prod",
     "{deployment_id}": "e.m.1",
@@ -39,14 +41,14 @@ def api_routes(api) -> set[tuple[str, str]]:
     return routes | {("GET", f"{mount.path}/{{file}}") for mount in api.routes if isinstance(mount, Mount)}
 
 
-def all_routes(app) -> set[tuple[str, str]]:
-    """Every route that the running application has, on either side."""
-    return api_routes(app._api) | set(app._plain)
+def all_routes(front) -> set[tuple[str, str]]:
+    """Every route that the running front has, on either side."""
+    return api_routes(front._api) | set(front._reads) | set(front._handlers)
 
 
 async def test_every_route_of_the_running_app_denies_without_credentials_except_the_public_ones(tmp_path, make):
     async with make(tmp_path, api_keys=f"ops:{KEY}") as world:
-        routes = all_routes(world.gateway.app)
+        routes = all_routes(world.gateway.front)
         assert len(routes) == len(ROUTES)
         for method, template in sorted(routes):
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}):
@@ -54,7 +56,7 @@ async def test_every_route_of_the_running_app_denies_without_credentials_except_
                 assert (answer.status_code == 401) is (template not in PUBLIC), (method, template, headers, answer.status_code)
                 if answer.status_code == 401:
                     assert answer.headers["www-authenticate"] == "Bearer"
-                    assert list(answer.json()) == ["error"]
+                    assert answer.json().keys() & {"error", "message"}
                     assert KEY not in answer.text
             answer = await world.http.request(method, filled(template), headers={"authorization": f"Bearer {KEY}"})
             assert answer.status_code != 401, (method, template)
@@ -113,6 +115,49 @@ def test_a_file_of_hashed_keys(tmp_path):
         access_control(make_settings(tmp_path, api_keys_file=tmp_path / "absent"))
 
 
+AWS = "AWS4-HMAC-SHA256 Credential={}/20260101/eu-west-1/sagemaker/aws4_request, SignedHeaders=host;x-amz-date, Signature=0a1b"
+
+
+@pytest.mark.parametrize("key", [KEY, "a/key/with=slashes+16"])
+def test_a_key_comes_as_a_bearer_token_or_as_googles_and_amazons_clients_send_it(tmp_path, key):
+    access = access_control(make_settings(tmp_path, api_keys=f"ops:{key}"))
+    route = find("POST", "/invocations").route
+    for headers in (
+        {b"authorization": f"Bearer {key}".encode()},
+        {b"x-goog-api-key": key.encode()},
+        {b"authorization": AWS.format(key).encode()},
+        {b"authorization": AWS.format(key).replace(", ", ",").encode()},
+        {b"authorization": AWS.format(key).replace("Credential", "SignedHeaders=host, Credential").encode()},
+    ):
+        assert access.admit(route, headers).name == "ops", headers
+
+
+def test_other_credentials_are_refused_and_not_shown(tmp_path):
+    access = access_control(make_settings(tmp_path, api_keys=f"ops:{KEY}"))
+    route = find("POST", "/invocations").route
+    for headers in (
+        {},
+        {b"x-goog-api-key": b""},
+        {b"x-goog-api-key": b"wrong"},
+        {b"authorization": b"Bearer wrong", b"x-goog-api-key": KEY.encode()},
+        {b"authorization": AWS.format("wrong").encode()},
+        {b"authorization": AWS.format("").encode()},
+        {b"authorization": b"AWS4-HMAC-SHA256"},
+        {b"authorization": f"AWS4-HMAC-SHA256 Credential={KEY}".encode()},
+        {b"authorization": f"AWS4-HMAC-SHA256 Signature=Credential={KEY}/1/2/3/aws4_request".encode()},
+        {b"authorization": f"AWS {KEY}:sig".encode()},
+    ):
+        with pytest.raises(UnauthenticatedError) as caught:
+            access.admit(route, headers)
+        assert KEY not in str(caught.value)
+
+
+def test_without_keys_credentials_of_any_kind_are_passed_over():
+    route = find("POST", "/invocations").route
+    for value in (AWS.format("x"), "Bearer anything", "nonsense"):
+        assert AccessControl({}).admit(route, {b"authorization": value.encode()}).name == "local"
+
+
 def test_without_keys_web_pages_of_other_sites_cannot_reach_the_gateway_through_a_browser():
     route = find("POST", "/api/v1/endpoints").route
     access = AccessControl({})
@@ -169,8 +214,8 @@ async def test_a_bad_name_over_http_is_a_400_and_never_a_detail(world, name):
         ("POST", f"/v1/models/{name}:predict"),
         ("POST", f"/api/v1/models/{name}/versions"),
     ):
-        request = httpx.Request(method, "http://127.0.0.1:8080/", content=b"{}")
-        request.url = httpx.URL("http://127.0.0.1:8080", raw_path=path.encode())
+        request = httpx.Request(method, world.http.base_url, content=b"{}")
+        request.url = world.http.base_url.copy_with(raw_path=path.encode())
         answer = await world.http.send(request)
-        assert list(answer.json()) == ["error"]
+        assert answer.json().keys() & {"error", "message"}
         assert answer.status_code == 400, (path, answer.text)

@@ -16,7 +16,7 @@ from tests.unit.gateway.conftest import make_world, running
 
 @pytest.fixture
 async def served(tmp_path):
-    async with make_world(tmp_path, serve=True) as world:
+    async with make_world(tmp_path) as world:
         yield world
 
 
@@ -52,7 +52,7 @@ async def test_a_refused_upload_hears_why_although_it_is_still_sending(tmp_path,
         for _ in range(300):
             yield b"x" * 65_536
 
-    async with make(tmp_path, serve=True) as world:
+    async with make(tmp_path) as world:
         answer = await world.http.post("/api/v1/artifacts", content=chunks())
         assert (answer.status_code, answer.headers["connection"]) == (413, "close")
         answer = await world.http.post("/api/v1/artifacts", content=b"x" * 5_000_000)
@@ -84,7 +84,7 @@ async def read_events(response: httpx.Response, count: int) -> list[dict]:
 
 
 async def test_events_stream_as_they_come_and_the_stream_ends_when_the_server_stops(tmp_path, make):
-    async with make(tmp_path, serve=True) as world:
+    async with make(tmp_path) as world:
         async with world.http.stream("GET", "/api/v1/events", params={"follow": "true", "entity": "e"}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
             await world.http.post("/api/v1/endpoints", json={"name": "other"})
@@ -132,7 +132,7 @@ async def test_requests_in_flight_are_answered_before_the_server_stops(served):
 
 
 async def test_a_request_that_does_not_end_is_cut_off_after_the_drain_time(tmp_path, make):
-    async with make(tmp_path, serve=True, drain_timeout_s=1) as world:
+    async with make(tmp_path, drain_timeout_s=1) as world:
         await world.deployed(0.0)
         going_on = asyncio.Event()
 

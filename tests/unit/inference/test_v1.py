@@ -139,6 +139,52 @@ def test_integers_of_64_bits_are_exact() -> None:
     assert parse({"instances": [[2**64 - 1, 2**53 + 1]]}, given)["input"].tolist() == [[2**64 - 1, 2**53 + 1]]
 
 
+def test_columns_by_input_name_and_by_feature_name() -> None:
+    given = signature(feature_names=("a", "b", "c"))
+    for columns in ({"a": [1, 4], "c": [3, 6], "b": [2, 5]}, {"input": [[1, 2, 3], [4, 5, 6]]}, [[1, 2, 3], [4, 5, 6]]):
+        assert parse({"inputs": columns}, given)["input"].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": [1], "b": [2]}, "'inputs' lacks 'c'"),
+        ({"a": [1], "b": [2], "c": [3], "d": [4]}, "'inputs' has 'd', which the model does not know"),
+        ({"a": [1], "b": [2], "c": 3}, "column 'c' of 'inputs' must be a list, got 3"),
+        ({"a": [1], "b": [2], "c": [3, 4]}, "column 'c' of 'inputs' has 2 values, the columns before it have 1"),
+        ({"a": [], "b": [], "c": []}, "the columns of 'inputs' are empty"),
+        ({"a": [1], "b": [2], "c": ["3"]}, "input 'input' expects FP64; element [0][2] is the string '3'"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(columns: object, message: str) -> None:
+    assert refusal({"inputs": columns}, signature(feature_names=("a", "b", "c"))) == message
+
+
+def test_lists_feed_a_model_of_several_inputs_in_their_order() -> None:
+    given = signature(spec("age", "INT64", (-1, 1)), spec("name", "BYTES", (-1,)))
+    inputs = parse({"instances": [[41, "ada"], [7.0, "bob"]]}, given)
+    assert (inputs["age"].tolist(), inputs["name"].tolist()) == ([[41], [7]], [b"ada", b"bob"])
+    assert refusal({"instances": [[41, "ada"], [7]]}, given) == (
+        "each instance must be an object or a list with the inputs age, name; instances[1] has 1 values"
+    )
+
+
+def test_b64_objects_are_bytes() -> None:
+    given = signature(spec(datatype="BYTES", shape=(-1,)))
+    assert parse({"instances": [{"b64": "/wA="}, "text", {"b64": ""}]}, given)["input"].tolist() == [b"\xff\0", b"text", b""]
+    assert refusal({"instances": [{"b64": "§"}]}, given) == "input 'input': element [0] is not base64"
+
+
+def test_a_feature_may_be_called_b64() -> None:
+    given = signature(spec(shape=(-1, 1)), feature_names=("b64",))
+    assert parse({"instances": [{"b64": 3}]}, given)["input"].tolist() == [[3.0]]
+
+
+def test_whole_floats_fit_integers() -> None:
+    given = signature(spec(datatype="INT64", shape=(-1, 2)))
+    assert parse({"instances": [[1.0, 2.0**62], [-3, True]]}, given)["input"].tolist() == [[1, 2**62], [-3, 1]]
+
+
 def test_one_output_is_rendered_as_rows() -> None:
     values = np.array([[0.1 + 0.2, 1e-300], [2 / 3, -0.0]])
     body = v1.render(InferResponse({"predict_proba": values}))

@@ -103,6 +103,95 @@ def test_binary_sizes_must_agree_with_the_body() -> None:
     assert refusal(head, None, len(head) + 1).startswith("the JSON head is said to have")
 
 
+def binary(datatype: str, raw: bytes, shape: object = (1, 3), **parameters: object) -> tuple[bytes, int]:
+    item = {"name": "input", "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": len(raw), **parameters}}
+    head = json.dumps({"inputs": [item]}).encode()
+    return head + raw, len(head)
+
+
+def test_null_is_nan_and_nan_is_null() -> None:
+    array = v2.parse(body([1, None, 3]), signature()).inputs["input"]
+    assert np.isnan(array[0, 1])
+    raw, _ = v2.render(InferResponse({"predict_proba": array}), InferRequest({}), "m", "1")
+    assert json.loads(raw)["outputs"][0]["data"] == [1.0, None, 3.0]
+
+
+def test_fp16_travels_as_json_and_as_bytes() -> None:
+    values = np.array([[0.5, -2.0, 65504.0]], np.float16)
+    assert v2.parse(body(values.ravel().tolist(), datatype="FP16"), signature("FP16")).inputs["input"].tolist() == values.tolist()
+    raw, head_length = binary("FP16", values.tobytes())
+    assert v2.parse(raw, signature("FP16"), head_length).inputs["input"].tolist() == values.tolist()
+    assert refusal(body([1, 2, 65520], datatype="FP16"), signature("FP16")).endswith("beyond the range of FP16")
+
+
+@pytest.mark.parametrize("datatype", ["FP64", "FP32"])
+def test_bf16_is_widened_for_a_model_of_floats(datatype: str) -> None:
+    values = np.array([[1.5, -0.0078125, 3.0e38]], np.float32)
+    halves = (values.view(np.uint32) >> 16).astype("<u2")
+    raw, head_length = binary("BF16", halves.tobytes())
+    read = v2.parse(raw, signature(datatype), head_length).inputs["input"]
+    assert read.tolist() == (halves.astype(np.uint32) << 16).view(np.float32).tolist()
+
+
+def test_bf16_is_refused_as_json_and_for_a_model_of_integers() -> None:
+    raw, head_length = binary("BF16", bytes(6))
+    assert refusal(raw, signature("INT64"), head_length) == "input 'input' expects INT64, got BF16"
+    assert refusal(body([1, 2, 3], datatype="BF16")) == "input 'input': BF16 has no JSON form; send it as a binary tensor, or as FP32"
+
+
+def test_a_binary_bool_is_0_or_1() -> None:
+    raw, head_length = binary("BOOL", b"\0\1\1")
+    assert v2.parse(raw, signature("BOOL"), head_length).inputs["input"].tolist() == [[False, True, True]]
+    raw, head_length = binary("BOOL", b"\0\1\2")
+    assert refusal(raw, signature("BOOL"), head_length) == "input 'input' expects BOOL; a byte in it is neither 0 nor 1"
+
+
+def test_binary_inputs_are_views_of_the_body() -> None:
+    raw, head_length = binary("FP64", np.arange(3.0).tobytes())
+    assert np.shares_memory(v2.parse(raw, signature(), head_length).inputs["input"], np.frombuffer(raw, np.uint8))
+
+
+def test_json_and_binary_inputs_may_be_mixed() -> None:
+    given = Signature(
+        inputs=tuple(TensorSpec(name=name, datatype="INT32", shape=(-1,)) for name in ("a", "b", "c")),
+        outputs=(TensorSpec(name="y", datatype="FP64", shape=(-1,)),),
+    )
+    inputs = [
+        {"name": "c", "shape": [2], "datatype": "INT32", "parameters": {"binary_data_size": 8}},
+        {"name": "a", "shape": [2], "datatype": "INT32", "data": [1, 2]},
+        {"name": "b", "shape": [2], "datatype": "INT32", "parameters": {"binary_data_size": 8}},
+    ]
+    head = json.dumps({"inputs": inputs}).encode()
+    read = v2.parse(head + struct.pack("<4i", 5, 6, 3, 4), given, len(head)).inputs
+    assert {name: array.tolist() for name, array in read.items()} == {"a": [1, 2], "b": [3, 4], "c": [5, 6]}
+
+
+def test_data_and_a_binary_size_together_are_refused() -> None:
+    item = {"name": "input", "shape": [1, 3], "datatype": "FP64", "data": [1, 2, 3], "parameters": {"binary_data_size": 24}}
+    head = json.dumps({"inputs": [item]}).encode()
+    assert refusal(head + bytes(24), None, len(head)) == "input 'input' has both 'data' and a binary_data_size"
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"parameters": {"binary_data_output": "yes"}}, "the parameter 'binary_data_output' must be true or false, got the string 'yes'"),
+        ({"parameters": []}, "'parameters' must be a JSON object"),
+        ({"outputs": {}}, "'outputs' must be a list of objects with a name"),
+        ({"outputs": [{"name": "predict", "parameters": {"binary_data": 1}}]}, "the parameter 'binary_data' must be true or false, got 1"),
+    ],
+)
+def test_parameters_of_the_protocol_are_checked(members: dict[str, object], message: str) -> None:
+    assert refusal(body([1, 2, 3], **members)) == message
+
+
+def test_the_requests_id_stands_in_for_one_that_was_not_given() -> None:
+    response = InferResponse({"predict": np.array([7])})
+    for given, shown in (("q1", "q1"), (None, "r9"), ("", "r9")):
+        raw, _ = v2.render(response, InferRequest({}, id=given), "m", "1", "r9")
+        assert json.loads(raw)["id"] == shown
+
+
 def test_the_answer_is_flat_json_with_the_id_echoed() -> None:
     response = InferResponse({"predict_proba": np.array([[0.1 + 0.2, 0.7], [1 / 3, 2 / 3]])})
     raw, head_length = v2.render(response, InferRequest({}, id="q1"), "cancer", "3")

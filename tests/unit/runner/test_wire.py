@@ -13,8 +13,10 @@ def joined(parts: list[wire.Buffer]) -> bytes:
 
 
 def roundtrip(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    descriptions, buffers = wire.encode_tensors(arrays)
-    return wire.decode_tensors(descriptions, bytearray(joined(buffers)))
+    specs, buffers = wire.encode_tensors(arrays)
+    read = wire.read_descriptions(wire.describe_tensors(specs))
+    assert read == specs
+    return wire.decode_tensors(read, bytearray(joined(buffers)))
 
 
 @pytest.mark.parametrize("datatype", [name for name in wire.NUMPY_DTYPES if name != "BYTES"])
@@ -71,7 +73,7 @@ def test_a_type_without_a_datatype_is_refused() -> None:
 )
 def test_descriptions_that_lie_are_refused(description: object, tail: bytes, message: str) -> None:
     with pytest.raises(wire.WireError, match=message):
-        wire.decode_tensors([description], tail)
+        wire.decode_tensors(wire.read_descriptions([description]), tail)
 
 
 @given(st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=40)), min_size=1, max_size=4), st.integers(1, 50))

@@ -1,0 +1,79 @@
+"""Requests joined into one batch and its answer taken apart again; pure functions on arrays.
+
+Only requests of one deployment are joined, so datatypes agree; what must agree besides is the shape of a row and the outputs asked for.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from libs.inference.requests import InferRequest
+from libs.runner.wire import Arrays
+from schemas.inference import Signature
+
+
+class UnevenBatchError(ValueError):
+    """The answer does not have one row for each row asked: the model does not treat rows independently."""
+
+
+def is_batchable(signature: Signature) -> bool:
+    """Tell whether every input and output has a first dimension of any size, which is what makes rows."""
+    return all(spec.shape[:1] == (-1,) for spec in (*signature.inputs, *signature.outputs))
+
+
+def row_count(request: InferRequest) -> int | None:
+    """Return how many rows a request has; ``None`` when its inputs do not agree on it."""
+    counts = {array.shape[0] if array.ndim else None for array in request.inputs.values()}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def batch_key(request: InferRequest) -> Hashable:
+    """Return what two requests to one deployment must have in common to share a batch.
+
+    Examples
+    --------
+    >>> one = InferRequest({"x": np.zeros((1, 4))})
+    >>> batch_key(one) == batch_key(InferRequest({"x": np.zeros((9, 4))}))
+    True
+    >>> batch_key(one) == batch_key(InferRequest({"x": np.zeros((1, 5))}))
+    False
+    """
+    inputs = request.inputs
+    if len(inputs) == 1:
+        ((name, array),) = inputs.items()
+        return (request.outputs, name, array.shape[1:])
+    return (request.outputs, *sorted((name, array.shape[1:]) for name, array in inputs.items()))
+
+
+def join(requests: Sequence[InferRequest]) -> Arrays:
+    """Return the inputs of requests with one key, row after row; those of a single request as they are."""
+    first = requests[0].inputs
+    if len(requests) == 1:
+        return first
+    return {name: np.concatenate([request.inputs[name] for request in requests]) for name in first}
+
+
+def split(outputs: Arrays, counts: Sequence[int]) -> list[Arrays]:
+    """Return the outputs of each request, as views, given how many rows each had.
+
+    Raises
+    ------
+    UnevenBatchError
+        An output has more or fewer rows than were asked.
+
+    Examples
+    --------
+    >>> [part["y"].tolist() for part in split({"y": np.arange(3)}, [1, 2])]
+    [[0], [1, 2]]
+    """
+    total = sum(counts)
+    for name, array in outputs.items():
+        if array.ndim == 0 or array.shape[0] != total:
+            raise UnevenBatchError(f"output '{name}' has shape {list(array.shape)} for {total} rows")
+    parts: list[Arrays] = []
+    begin = 0
+    for count in counts:
+        end = begin + count
+        parts.append({name: array[begin:end] for name, array in outputs.items()})
+        begin = end
+    return parts

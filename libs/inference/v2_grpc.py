@@ -1,0 +1,232 @@
+"""The V2 form as protobuf: a serialised ``ModelInferRequest`` to arrays, and arrays to a serialised ``ModelInferResponse``.
+
+Tensors come raw (all of them) or typed (each in the field of its datatype), and go back as they came.
+
+References
+----------
+Open Inference Protocol, "gRPC".
+"""
+
+import math
+from collections.abc import Mapping, MutableSequence, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from libs.inference.bodies import requested_outputs
+from libs.inference.errors import InvalidInputError, printable
+from libs.inference.oip_proto.open_inference_pb2 import InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse
+from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.tensors import MAX_DIMENSIONS, Array, check_shape, convert, show_shape
+from libs.runner.wire import NUMPY_DTYPES, Arrays, WireError, datatype_of, decode_tensor, encode_tensor
+from schemas.inference import Signature, TensorSpec
+
+CONTENT_TYPE = "application/vnd.oip.v2+protobuf"
+"""Content type of a record whose value is a serialised ``ModelInferRequest`` or ``ModelInferResponse``."""
+
+_FIELDS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Datatype -> its field in typed contents; FP16 has none."""
+
+Tensor = ModelInferRequest.InferInputTensor | ModelInferResponse.InferOutputTensor
+
+
+def read(body: bytes) -> ModelInferRequest:
+    """Parse a serialised ``ModelInferRequest``, as far as that goes without the model's signature.
+
+    Raises
+    ------
+    InvalidInputError
+        It is none, or names no model.
+    """
+    try:
+        message = ModelInferRequest.FromString(body)
+    except DecodeError as error:
+        raise InvalidInputError("the request is not a serialised ModelInferRequest") from error
+    if not message.model_name:
+        raise InvalidInputError("the request has no model_name")
+    return message
+
+
+def parse(body: bytes, signature: Signature) -> InferRequest:
+    """Read a serialised ``ModelInferRequest``.
+
+    Raises
+    ------
+    InvalidInputError
+        It is none, or does not fit the signature.
+    """
+    return from_message(read(body), signature)
+
+
+def from_message(message: ModelInferRequest, signature: Signature) -> InferRequest:
+    """Read a request that is parsed already.
+
+    Raises
+    ------
+    InvalidInputError
+        It does not fit the signature.
+    """
+    raw: Sequence[bytes] = message.raw_input_contents
+    outputs = message.outputs
+    return InferRequest(
+        inputs=_read_inputs(message, signature, raw),
+        outputs=requested_outputs([output.name for output in outputs], signature) if outputs else None,
+        id=message.id or None,
+        parameters=_read_parameters(message.parameters) if message.parameters else {},
+        binary_data_output=bool(raw),
+    )
+
+
+def render(response: InferResponse, request: InferRequest, model_name: str, model_version: str, request_id: str = "") -> bytes:
+    """Write the answer: raw when the request was raw, or when an output has no typed form (FP16).
+
+    ``request_id`` stands in for the caller's own id when the request has none.
+    """
+    message = ModelInferResponse(model_name=model_name, model_version=model_version, id=request.id or request_id)
+    _write(response.outputs, request.binary_data_output, message.outputs, message.raw_output_contents)
+    return message.SerializeToString()
+
+
+def write_request(request: InferRequest, model_name: str, model_version: str = "") -> bytes:
+    """Write a request, as a client does: raw if ``binary_data_output``, else typed (FP16 is raw always)."""
+    message = ModelInferRequest(model_name=model_name, model_version=model_version, id=request.id or "")
+    _write(request.inputs, request.binary_data_output, message.inputs, message.raw_input_contents)
+    message.outputs.extend(ModelInferRequest.InferRequestedOutputTensor(name=name) for name in request.outputs or ())
+    return message.SerializeToString()
+
+
+def read_response(body: bytes) -> InferResponse:
+    """Read an answer, as a client does.
+
+    Raises
+    ------
+    InvalidInputError
+        It is no serialised ``ModelInferResponse``, or its contents do not make its shapes.
+    """
+    try:
+        message = ModelInferResponse.FromString(body)
+    except DecodeError as error:
+        raise InvalidInputError("the answer is not a serialised ModelInferResponse") from error
+    raw = message.raw_output_contents
+    outputs = {
+        tensor.name: _from_raw(tensor, f"output '{tensor.name}'", raw[place]) if raw else _from_typed(tensor, f"output '{tensor.name}'")
+        for place, tensor in enumerate(message.outputs)
+    }
+    return InferResponse(outputs)
+
+
+def _read_inputs(message: ModelInferRequest, signature: Signature, raw: Sequence[bytes]) -> dict[str, Array]:
+    tensors = message.inputs
+    if not tensors:
+        raise InvalidInputError("the request has no inputs")
+    if raw and len(raw) != len(tensors):
+        raise InvalidInputError(f"the request has {len(tensors)} inputs and {len(raw)} raw_input_contents; it needs one for each, or none")
+    specs = {spec.name: spec for spec in signature.inputs}
+    arrays: dict[str, Array] = {}
+    for place, tensor in enumerate(tensors):
+        name = tensor.name
+        spec = specs.get(name)
+        if spec is None:
+            raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
+        if name in arrays:
+            raise InvalidInputError(f"input '{name}' is given twice")
+        arrays[name] = _read_input(tensor, spec, raw[place] if raw else None)
+    for name in specs:
+        if name not in arrays:
+            raise InvalidInputError(f"input '{name}' is missing")
+    return arrays
+
+
+def _read_input(tensor: Tensor, spec: TensorSpec, raw: bytes | None) -> Array:
+    what, datatype = f"input '{spec.name}'", tensor.datatype
+    if datatype not in NUMPY_DTYPES:
+        raise InvalidInputError(f"{what} has datatype '{printable(datatype, 40)}', which is not one of {', '.join(NUMPY_DTYPES)}")
+    wanted = spec.datatype.value
+    if datatype != wanted and "BYTES" in (datatype, wanted):
+        raise InvalidInputError(f"{what} expects {wanted}, got {datatype}")
+    if raw is None:
+        array = _from_typed(tensor, what)
+    else:
+        if tensor.HasField("contents"):
+            raise InvalidInputError(f"{what} has contents although the request has raw_input_contents")
+        array = _from_raw(tensor, what, raw)
+    if datatype != wanted:
+        array = convert(array, NUMPY_DTYPES[wanted], wanted, what)
+    return check_shape(array, spec)
+
+
+def _shape(tensor: Tensor, what: str) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    if len(shape) > MAX_DIMENSIONS or (shape and min(shape) < 0):
+        raise InvalidInputError(f"{what} needs a shape of at most {MAX_DIMENSIONS} non-negative numbers, got {show_shape(shape)}")
+    return shape
+
+
+def _from_raw(tensor: Tensor, what: str, raw: bytes) -> Array:
+    shape = _shape(tensor, what)
+    if 0 in shape:
+        raise InvalidInputError(f"{what} is empty: its shape is {show_shape(shape)}")
+    try:
+        return decode_tensor(tensor.name, tensor.datatype, shape, memoryview(raw))
+    except WireError as error:
+        raise InvalidInputError(str(error)) from error
+
+
+def _from_typed(tensor: Tensor, what: str) -> Array:
+    shape, datatype = _shape(tensor, what), tensor.datatype
+    field = _FIELDS.get(datatype)
+    if field is None:
+        raise InvalidInputError(f"{what} is {datatype}, which has no typed contents; send it in raw_input_contents")
+    values = getattr(tensor.contents, field)
+    if len(values) != math.prod(shape):
+        raise InvalidInputError(f"{what}: {field} has {len(values)} elements, shape {show_shape(shape)} needs {math.prod(shape)}")
+    if not values:
+        raise InvalidInputError(f"{what} is empty: its shape is {show_shape(shape)}")
+    if datatype == "BYTES":
+        array = np.empty(len(values), dtype=object)
+        array[:] = list(values)
+    else:
+        # Protobuf gives its numbers to NumPy as they lie in memory.
+        array = convert(np.asarray(values), NUMPY_DTYPES[datatype], datatype, what)
+    return array.reshape(shape)
+
+
+def _write(arrays: Arrays, wants_raw: bool, tensors: Any, raw: MutableSequence[bytes]) -> None:
+    """Add arrays to a message's tensors: raw all of them, or none."""
+    datatypes = [datatype_of(array.dtype) for array in arrays.values()]
+    is_raw = wants_raw or not _FIELDS.keys() >= set(datatypes)
+    for (name, array), datatype in zip(arrays.items(), datatypes, strict=True):
+        tensor = tensors.add(name=name, datatype=datatype, shape=array.shape)
+        if is_raw:
+            raw.append(bytes(encode_tensor(name, array)[1]))
+        else:
+            tensor.contents.CopyFrom(_typed(array, datatype))
+
+
+def _typed(array: Array, datatype: str) -> InferTensorContents:
+    if datatype == "BYTES":
+        elements = [element if isinstance(element, bytes) else str(element).encode("utf-8", "surrogateescape") for element in array.flat]
+        return InferTensorContents(bytes_contents=elements)
+    return InferTensorContents(**{_FIELDS[datatype]: array.reshape(-1).tolist()})
+
+
+def _read_parameters(parameters: Mapping[str, InferParameter]) -> dict[str, Any]:
+    read: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        choice = parameter.WhichOneof("parameter_choice")
+        read[name] = None if choice is None else getattr(parameter, choice)
+    return read

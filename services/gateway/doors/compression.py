@@ -1,0 +1,102 @@
+"""``Content-Encoding`` of requests and answers: gzip, and deflate, which means a zlib stream."""
+
+import zlib
+from functools import lru_cache
+
+from libs.errors import InvalidArgumentError, PayloadTooLargeError
+from services.gateway.exchange import Outgoing
+
+MIN_COMPRESSED_BYTES = 1024
+"""A smaller answer fits a packet or two as it is."""
+
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_LEVEL = 1
+"""Numbers gain little from more: on tensors, level 6 takes five times as long for a tenth of the size."""
+
+
+def decompressed(body: bytes | bytearray, encoding: str, max_bytes: int) -> bytes:
+    """Return a body as it was before its ``Content-Encoding``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Another encoding, or a body that is not in it.
+    PayloadTooLargeError
+        It grows beyond ``max_bytes``; it is not unpacked any further.
+    """
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return bytes(body)
+    window = _WINDOWS.get(name)
+    if window is None:
+        raise InvalidArgumentError(f"content-encoding {encoding[:40]!r} is not supported; gzip and deflate are")
+    content = b""
+    rest = bytes(body)
+    while rest or not content:
+        stream = zlib.decompressobj(window)
+        try:
+            content += stream.decompress(rest, max_bytes + 1 - len(content))
+        except zlib.error as error:
+            raise InvalidArgumentError(f"the request body is not {name} data: {error}") from error
+        if len(content) > max_bytes:
+            raise PayloadTooLargeError(f"the decompressed request body is larger than the {max_bytes} bytes accepted")
+        if not stream.eof:
+            raise InvalidArgumentError(f"the request body is not complete {name} data")
+        rest = stream.unused_data
+        if rest and name == "deflate":
+            raise InvalidArgumentError(f"{len(rest)} bytes follow the deflate data in the request body")
+        if not content:
+            break
+    return content
+
+
+def compressed(answer: Outgoing, accepted: bytes | None) -> Outgoing:
+    """Return an answer in the encoding that an ``Accept-Encoding`` header likes best, unless that is none, or the answer is short."""
+    if accepted is None or len(answer.body) < MIN_COMPRESSED_BYTES:
+        return answer
+    name = preferred(accepted)
+    if name is None:
+        return answer
+    stream = zlib.compressobj(_LEVEL, wbits=_WINDOWS[name])
+    body = stream.compress(answer.body) + stream.flush()
+    headers = (*answer.headers, (b"content-encoding", name.encode()), (b"vary", b"accept-encoding"))
+    return Outgoing(body, answer.status, answer.media_type, headers)
+
+
+@lru_cache(maxsize=64)
+def preferred(accepted: bytes) -> str | None:
+    """Choose between gzip, deflate and neither by an ``Accept-Encoding`` header.
+
+    Examples
+    --------
+    >>> preferred(b"deflate;q=0.5, gzip")
+    'gzip'
+    >>> preferred(b"gzip;q=0, deflate")
+    'deflate'
+    >>> preferred(b"identity, gzip;q=0.5") is None
+    True
+    """
+    weights: dict[str, float] = {}
+    for part in accepted.decode("latin-1").split(","):
+        name, _, rest = part.partition(";")
+        weights[name.strip().lower()] = _weight(rest)
+    rest_weight = weights.get("*", 0.0)
+    gzip = weights.get("gzip", weights.get("x-gzip", rest_weight))
+    deflate = weights.get("deflate", rest_weight)
+    best = max(gzip, deflate)
+    if best <= 0.0 or weights.get("identity", 0.0) > best:
+        return None
+    return "gzip" if gzip >= deflate else "deflate"
+
+
+def _weight(parameters: str) -> float:
+    """The ``q`` among the parameters of a choice; 1 when there is none, 0 when it makes no sense."""
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                weight = float(value)
+            except ValueError:
+                return 0.0
+            return weight if 0.0 <= weight <= 1.0 else 0.0
+    return 1.0

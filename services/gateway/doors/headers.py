@@ -1,0 +1,61 @@
+"""What the predict doors read from a request's head, and what every answer says in its own."""
+
+from functools import lru_cache
+
+from libs.errors import InvalidArgumentError
+from services.gateway.doors.compression import decompressed
+from services.gateway.exchange import Incoming
+from services.gateway.predictions import Prediction, Target
+
+MAX_TIMEOUT_MS = 3_600_000
+
+
+def target_of(incoming: Incoming) -> Target:
+    """The endpoint that V1 and V2 call a model, with a version number or an alias if the path has one."""
+    parameters = incoming.parameters
+    version = parameters.get("version")
+    if version is None:
+        return Target(parameters["model"], alias=parameters.get("alias"))
+    return Target(parameters["model"], int(version)) if version.isdigit() else Target(parameters["model"], alias=version)
+
+
+def content_of(incoming: Incoming, max_bytes: int) -> bytes | bytearray:
+    """The body, uncompressed.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An encoding that is not known, or a body that is not in it.
+    PayloadTooLargeError
+        It would be larger than ``max_bytes``.
+    """
+    encoding = incoming.headers.get(b"content-encoding")
+    return incoming.body if encoding is None else decompressed(incoming.body, encoding.decode("latin-1"), max_bytes)
+
+
+def timeout_ms(incoming: Incoming) -> int | None:
+    """What ``x-request-timeout-ms`` says; None when it says nothing.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is no whole number, or too long.
+    """
+    value = incoming.headers.get(b"x-request-timeout-ms")
+    if value is None:
+        return None
+    if not (value.isdigit() and len(value) <= 9 and 1 <= int(value) <= MAX_TIMEOUT_MS):
+        raise InvalidArgumentError(
+            f"x-request-timeout-ms must be a whole number from 1 to {MAX_TIMEOUT_MS}, not {value[:40].decode('latin-1')!r}"
+        )
+    return int(value)
+
+
+def who(prediction: Prediction) -> tuple[tuple[bytes, bytes], ...]:
+    """The header that names the version that answered."""
+    return _named(prediction.route.model_name, prediction.route.version)
+
+
+@lru_cache(maxsize=1024)
+def _named(model_name: str, version: int) -> tuple[tuple[bytes, bytes], ...]:
+    return ((b"x-millrace-model-version", f"{model_name}@{version}".encode()),)

@@ -1,0 +1,78 @@
+"""What is counted of the requests and batches of one deployment."""
+
+import numpy as np
+import numpy.typing as npt
+
+from libs.errors import MillraceError
+from libs.metrics import Counter, Histogram, Metrics
+from libs.metrics import definitions as metric
+from libs.predictions.records import OUTCOMES
+from services.gateway.prediction_log import Rows
+from services.gateway.predictions import Protocol
+
+PROTOCOLS = tuple(Protocol)
+"""The protocol that a code in a row stands for."""
+
+
+class RequestMetrics:
+    """The instruments of one deployment."""
+
+    def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
+        self._metrics = metrics
+        self._labels = labels
+        self._ended: dict[int, Counter] = {}
+        self._batches: dict[str, Counter] = {}
+        self.rows = metrics.counter(metric.REQUEST_ROWS, *labels)
+        self.retries = metrics.counter(metric.REQUEST_RETRIES, *labels)
+        self.request_s = metrics.histogram(metric.REQUEST_SECONDS, *labels)
+        self.queue_s = metrics.histogram(metric.QUEUE_SECONDS, *labels)
+        self.batch_s = metrics.histogram(metric.BATCH_SECONDS, *labels)
+        self.model_s = metrics.histogram(metric.MODEL_SECONDS, *labels)
+        self.batch_rows = metrics.histogram(metric.BATCH_ROWS, *labels)
+        self.batches_in_flight = metrics.gauge(metric.BATCHES_IN_FLIGHT, *labels)
+
+    def batch(self, reason: str) -> Counter:
+        """Counter of the batches that left for a reason."""
+        counter = self._batches.get(reason)
+        if counter is None:
+            counter = self._batches[reason] = self._metrics.counter(metric.BATCHES, *self._labels, reason)
+        return counter
+
+    def batch_error(self, error: MillraceError) -> None:
+        """Count a batch that came to nothing."""
+        self._metrics.counter(metric.BATCH_ERRORS, *self._labels, error_kind(type(error))).value += 1
+
+    def count(self, rows: Rows) -> None:
+        """Count requests that have ended."""
+        for code, number in enumerate(np.bincount(rows["protocol"].astype(np.int64) * 3 + rows["outcome"]).tolist()):
+            if number:
+                self._outcome(code).value += number
+        self.rows.value += int(rows["rows"].sum())
+        self.retries.value += int(np.maximum(rows["attempts"], 1).sum()) - len(rows)
+        _observe(self.request_s, rows["ended_s"] - rows["accepted_s"])
+        sent = rows[rows["sent_s"] > 0]
+        _observe(self.queue_s, sent["sent_s"] - sent["queued_s"])
+
+    def _outcome(self, code: int) -> Counter:
+        counter = self._ended.get(code)
+        if counter is None:
+            protocol, outcome = PROTOCOLS[code // 3], OUTCOMES[code % 3]
+            counter = self._ended[code] = self._metrics.counter(metric.REQUESTS, *self._labels, protocol.value, outcome)
+        return counter
+
+
+def error_kind(kind: type[MillraceError]) -> str:
+    """An error's name in metrics and in the log.
+
+    >>> from libs.errors import DeadlineExceededError
+    >>> error_kind(DeadlineExceededError)
+    'deadline_exceeded'
+    """
+    name = kind.__name__.removesuffix("Error")
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+
+
+def _observe(histogram: Histogram, values: npt.NDArray[np.float64]) -> None:
+    if len(values):
+        buckets = np.searchsorted(histogram.bounds, values)
+        histogram.add(np.bincount(buckets, minlength=len(histogram.counts)).tolist(), float(values.sum()))

@@ -1,0 +1,772 @@
+"""HTTP/2, the server's side, as far as gRPC needs it: frames, streams, flow control in both directions, and limits on all of it.
+
+A connection is an asyncio protocol. What arrives is handed to the streams' receivers in the call of ``data_received`` in which it is
+complete; what is answered is written as one piece if the peer's windows allow. There are no tasks and no locks here.
+
+References
+----------
+RFC 9113, "HTTP/2". Left out, because gRPC does not use them: server push, priorities, upgrade from HTTP/1.1.
+"""
+
+import asyncio
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol as Interface
+from typing import cast
+
+from services.gateway.rpc.hpack import CompressionError, Fields, HeaderDecoder
+
+log = logging.getLogger(__name__)
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_HEAD_BYTES = 9
+_HEAD = struct.Struct(">BHBBI")
+_U32 = struct.Struct(">I")
+_SETTING = struct.Struct(">HI")
+
+_DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = range(10)
+_END_STREAM, _ACK, _END_HEADERS, _PADDED, _HAS_PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
+
+_DEFAULT_WINDOW = 65_535
+_MAX_WINDOW = 2**31 - 1
+_DEFAULT_FRAME_BYTES = 16_384
+_MAX_FRAME_BYTES = 2**24 - 1
+
+
+class ErrorCode(IntEnum):
+    """Why a stream or a connection is ended (RFC 9113 §7)."""
+
+    NO_ERROR = 0x0
+    PROTOCOL_ERROR = 0x1
+    INTERNAL_ERROR = 0x2
+    FLOW_CONTROL_ERROR = 0x3
+    STREAM_CLOSED = 0x5
+    FRAME_SIZE_ERROR = 0x6
+    REFUSED_STREAM = 0x7
+    CANCEL = 0x8
+    COMPRESSION_ERROR = 0x9
+    ENHANCE_YOUR_CALM = 0xB
+
+
+class ConnectionFault(Exception):  # noqa: N818 - an error of the peer
+    """The peer broke the protocol beyond one stream: GOAWAY, and the connection is closed."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _StreamFault(Exception):  # noqa: N818 - an error of the peer
+    """The peer broke the protocol on one stream: RST_STREAM."""
+
+    def __init__(self, code: ErrorCode) -> None:
+        super().__init__(code.name)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one peer may take.
+
+    Attributes
+    ----------
+    stream_window_bytes
+        What a peer may send on one stream before something of it was consumed; at least the largest message and its prefix.
+    header_block_bytes
+        Longest header block, compressed; a longer one costs the connection.
+    strikes
+        Frames that cost us work and bring no request forward (resets, pings, settings, empty data, …) which a peer may send between two
+        sweeps; more cost the connection.
+    first_request_s, block_s
+        Seconds until the preface must be complete, and a header block or frame that has begun.
+    idle_s
+        Seconds without a stream after which a connection is told to go away.
+    body_s
+        Seconds until the request of a call with one message must be complete.
+    """
+
+    streams: int = 1_000
+    stream_window_bytes: int = 2**20
+    frame_bytes: int = 2**18
+    header_block_bytes: int = 16_384
+    strikes: int = 10_000
+    first_request_s: float = 10.0
+    block_s: float = 10.0
+    idle_s: float = 600.0
+    body_s: float = 60.0
+
+
+class Receiver(Interface):
+    """What is done with what arrives on a stream; none of these raises."""
+
+    def data(self, chunk: bytes, is_last: bool) -> None:
+        """A piece of the peer's data; ``is_last``: the peer sends no more. It is consumed by ``Stream.consumed``."""
+        ...
+
+    def drained(self) -> None:
+        """What had to wait for the peer's windows has been sent."""
+        ...
+
+    def gone(self) -> None:
+        """The peer gave the stream up, or the connection is lost; called unless the stream was ended from here."""
+        ...
+
+
+class Stream:
+    """One request and its answer.
+
+    Attributes
+    ----------
+    opened_s
+        Time of the event loop's clock when the headers were complete, in seconds.
+    has_ended
+        Whether the peer has sent all that it will.
+    """
+
+    __slots__ = (
+        "_has_waited",
+        "_outbox",
+        "_recv_window",
+        "_send_window",
+        "_trailers",
+        "connection",
+        "has_ended",
+        "id",
+        "is_open",
+        "opened_s",
+        "receiver",
+    )
+
+    def __init__(self, connection: "Connection", stream_id: int, opened_s: float, send_window: int, recv_window: int) -> None:
+        self.connection = connection
+        self.id = stream_id
+        self.opened_s = opened_s
+        self.receiver: Receiver | None = None
+        self.has_ended = False
+        self.is_open = True
+        self._send_window = send_window
+        self._recv_window = recv_window
+        self._outbox: deque[memoryview] | None = None
+        self._has_waited = False
+        self._trailers: bytes | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether data waits because the peer's windows are used up."""
+        return bool(self._outbox)
+
+    def respond(self, head: bytes, data: bytes, trailers: bytes) -> None:
+        """A whole answer: header block, data, and the block of trailers that ends the stream."""
+        connection = self.connection
+        size = len(data)
+        if self._outbox or size > connection.frame_room or size > self._send_window or not size:
+            self.send_head(head)
+            self.send(data)
+            self.end(trailers)
+            return
+        stream_id = self.id
+        connection.send_window -= size
+        connection.write(
+            b"".join(
+                (
+                    _head(len(head), _HEADERS, _END_HEADERS, stream_id),
+                    head,
+                    _head(size, _DATA, 0, stream_id),
+                    data,
+                    _head(len(trailers), _HEADERS, _END_HEADERS | _END_STREAM, stream_id),
+                    trailers,
+                )
+            )
+        )
+        connection.close_stream(self)
+
+    def send_head(self, block: bytes, *, is_last: bool = False) -> None:
+        """A header block; ``is_last`` ends the stream with it."""
+        if self.is_open:
+            flags = _END_HEADERS | _END_STREAM if is_last else _END_HEADERS
+            self.connection.write(_head(len(block), _HEADERS, flags, self.id) + block)
+            if is_last:
+                self.connection.close_stream(self)
+
+    def send(self, data: bytes) -> None:
+        """Data, as soon as the peer's windows allow."""
+        if self.is_open and data:
+            if self._outbox is None:
+                self._outbox = deque()
+            self._outbox.append(memoryview(data))
+            self.pump()
+
+    def end(self, trailers: bytes, *, at_once: bool = False) -> None:
+        """The trailers, after all data, or ``at_once`` instead of what has to wait; they end the stream."""
+        if self.is_open:
+            if at_once:
+                self._outbox = None
+            self._trailers = trailers
+            self.pump()
+
+    def reset(self, code: ErrorCode) -> None:
+        """End the stream at once."""
+        if self.is_open:
+            self.connection.write(_head(4, _RST_STREAM, 0, self.id) + _U32.pack(code))
+            self.connection.close_stream(self)
+
+    def consumed(self, size: int) -> None:
+        """So many bytes of the peer's data need no more room: it may send as many again."""
+        if size and self.is_open and not self.has_ended:
+            self._recv_window += size
+            self.connection.write(_head(4, _WINDOW_UPDATE, 0, self.id) + _U32.pack(size))
+
+    def pump(self) -> None:
+        """Send what the windows allow."""
+        connection, outbox, has_waited = self.connection, self._outbox, self._has_waited
+        while outbox:
+            room = min(self._send_window, connection.frame_room)
+            if room <= 0:
+                connection.is_blocked = self._has_waited = True
+                return
+            piece = outbox[0]
+            if len(piece) <= room:
+                outbox.popleft()
+            else:
+                outbox[0] = piece[room:]
+                piece = piece[:room]
+            self._send_window -= len(piece)
+            connection.send_window -= len(piece)
+            connection.write(_head(len(piece), _DATA, 0, self.id))
+            connection.write(piece)
+        self._has_waited = False
+        if self._trailers is not None:
+            trailers, self._trailers = self._trailers, None
+            self.send_head(trailers, is_last=True)
+        elif has_waited and self.receiver is not None:
+            self.receiver.drained()
+
+    def grow(self, size: int) -> None:
+        """The peer takes so many bytes more (fewer, if negative) on this stream."""
+        self._send_window += size
+        if self._send_window > _MAX_WINDOW:
+            raise _StreamFault(ErrorCode.FLOW_CONTROL_ERROR)
+        if self._outbox:
+            self.pump()
+
+    def arrived(self, size: int) -> None:
+        """Account for data of the peer."""
+        self._recv_window -= size
+        if self._recv_window < 0:
+            raise _StreamFault(ErrorCode.FLOW_CONTROL_ERROR)
+
+
+Accept = Callable[[Stream, Fields], Receiver | None]
+"""Answers a stream whose headers are complete: by a receiver for its data, or at once (None)."""
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection.
+
+    Parameters
+    ----------
+    accept
+        Is given every stream.
+    on_lost
+        Called once, when the connection is gone.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, accept: Accept, limits: Limits, on_lost: "Callable[[Connection], None] | None" = None
+    ) -> None:
+        self._loop = loop
+        self._accept = accept
+        self._limits = limits
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._decoder = HeaderDecoder()
+        self._buffer = b""
+        self._has_preface = False
+        self._has_settings = False
+        self._streams: dict[int, Stream] = {}
+        self._cut: dict[int, None] = {}
+        self._last_id = 0
+        self._block: tuple[int, int, bytearray] | None = None
+        self._peer_window = _DEFAULT_WINDOW
+        self._peer_frame_bytes = _DEFAULT_FRAME_BYTES
+        self._recv_window = _MAX_WINDOW
+        self._strikes = 0
+        self._stalled_s = self._quiet_s = loop.time()
+        self._is_leaving = False
+        self._is_refused = False
+        self._is_closed = False
+        self.send_window = _DEFAULT_WINDOW
+        self.is_blocked = False
+        self.peer = ""
+        self._handlers: tuple[Callable[[int, int, bytes], None], ...] = (
+            self._on_data,
+            self._on_headers,
+            self._on_priority,
+            self._on_reset,
+            self._on_settings,
+            self._on_push,
+            self._on_ping,
+            self._on_goaway,
+            self._on_window,
+            self._on_continuation,
+        )
+
+    # What the streams use
+
+    @property
+    def frame_room(self) -> int:
+        """Bytes of data that may leave in one frame now, as far as the connection is concerned."""
+        return min(self.send_window, self._peer_frame_bytes)
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that have not ended."""
+        return len(self._streams)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write bytes; nothing happens once the connection is closed."""
+        if self._transport is not None and not self._is_closed:
+            self._transport.write(data)
+
+    def close_stream(self, stream: Stream) -> None:
+        """A stream was ended from here; a peer that still sends on it is asked to stop, and what is under way is passed over."""
+        stream.is_open = False
+        stream.receiver = None
+        del self._streams[stream.id]
+        if not stream.has_ended:
+            self.write(_head(4, _RST_STREAM, 0, stream.id) + _U32.pack(ErrorCode.NO_ERROR))
+            self._cut[stream.id] = None
+            if len(self._cut) > self._limits.streams:
+                del self._cut[next(iter(self._cut))]
+        self._after_close()
+
+    # The transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        peer = transport.get_extra_info("peername")
+        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
+        limits = self._limits
+        settings = ((3, limits.streams), (4, limits.stream_window_bytes), (5, limits.frame_bytes), (6, limits.header_block_bytes))
+        payload = b"".join(_SETTING.pack(*setting) for setting in settings)
+        more = _head(4, _WINDOW_UPDATE, 0, 0) + _U32.pack(_MAX_WINDOW - _DEFAULT_WINDOW)
+        self._transport.write(_head(len(payload), _SETTINGS, 0, 0) + payload + more)
+        if self._is_refused:
+            self._fail(ErrorCode.ENHANCE_YOUR_CALM)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._is_closed = True
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            _give_up(stream)
+        if self._on_lost is not None:
+            self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        # Whoever does not read what we write is not read either.
+        if self._transport is not None and not self._is_closed:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._is_closed:
+            self._transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_closed:
+            return
+        if self._buffer:
+            data = self._buffer + data
+        try:
+            self._read(data)
+        except ConnectionFault as fault:
+            log.info("closed a gRPC connection from %s: %s", self.peer, fault)
+            self._fail(fault.code)
+
+    def eof_received(self) -> bool:
+        return False
+
+    # Life
+
+    def sweep(self, now_s: float) -> None:
+        """Close what is stalled, and tell what is idle to go away; called every few seconds."""
+        self._strikes = 0
+        limits = self._limits
+        if not self._has_settings:
+            if now_s - self._quiet_s > limits.first_request_s:
+                self.abort()
+        elif (self._buffer or self._block is not None) and now_s - self._stalled_s > limits.block_s and not self._is_paused():
+            self._fail(ErrorCode.ENHANCE_YOUR_CALM)
+        elif not self._streams and now_s - self._quiet_s > limits.idle_s:
+            self.leave()
+
+    def late(self, now_s: float) -> list[Stream]:
+        """Streams whose request ought to be complete by now."""
+        return [stream for stream in self._streams.values() if not stream.has_ended and now_s - stream.opened_s > self._limits.body_s]
+
+    def refuse(self) -> None:
+        """Close as soon as it is made: there are too many."""
+        self._is_refused = True
+
+    def leave(self) -> None:
+        """Take no new streams; close when those that are open have ended."""
+        if not self._is_leaving and not self._is_closed:
+            self._is_leaving = True
+            self.write(_head(8, _GOAWAY, 0, 0) + _U32.pack(self._last_id) + _U32.pack(ErrorCode.NO_ERROR))
+            if not self._streams:
+                self._close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _is_paused(self) -> bool:
+        return self._transport is not None and not self._transport.is_reading()
+
+    def _fail(self, code: ErrorCode) -> None:
+        self.write(_head(8, _GOAWAY, 0, 0) + _U32.pack(self._last_id) + _U32.pack(code))
+        self._close()
+
+    def _close(self) -> None:
+        self._is_closed = True
+        self._buffer = b""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _after_close(self) -> None:
+        if not self._streams:
+            self._quiet_s = self._loop.time()
+            if self._is_leaving and not self._is_closed:
+                self._close()
+
+    def _strike(self) -> None:
+        self._strikes += 1
+        if self._strikes > self._limits.strikes:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring no request forward")
+
+    # Frames
+
+    def _read(self, data: bytes) -> None:
+        position, size = 0, len(data)
+        if not self._has_preface:
+            if not PREFACE.startswith(data[: len(PREFACE)]):
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "what came first is not HTTP/2's preface")
+            if size < len(PREFACE):
+                self._buffer = data
+                return
+            self._has_preface = True
+            position = len(PREFACE)
+        handlers, longest = self._handlers, self._limits.frame_bytes
+        while size - position >= _HEAD_BYTES:
+            high, low, kind, flags, stream_id = _HEAD.unpack_from(data, position)
+            length = high << 16 | low
+            if length > longest:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes; {longest} are taken")
+            start = position + _HEAD_BYTES
+            position = start + length
+            if position > size:
+                position = start - _HEAD_BYTES
+                break
+            if not self._has_settings and kind != _SETTINGS:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+            if self._block is not None and kind != _CONTINUATION:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a header block was broken off")
+            if kind < len(handlers):
+                try:
+                    handlers[kind](flags, stream_id & _MAX_WINDOW, data[start:position])
+                except _StreamFault as fault:
+                    self._reset(stream_id & _MAX_WINDOW, fault.code)
+                if self._is_closed:
+                    return
+            else:
+                self._strike()
+        if position < size:
+            if not self._buffer or position:
+                self._stalled_s = self._loop.time()
+            self._buffer = data[position:]
+        else:
+            self._buffer = b""
+
+    def _reset(self, stream_id: int, code: ErrorCode) -> None:
+        self._strike()
+        self.write(_head(4, _RST_STREAM, 0, stream_id) + _U32.pack(code))
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            _give_up(stream)
+            self._cut[stream_id] = None
+            self._after_close()
+
+    def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        size = len(payload)
+        self._recv_window -= size
+        if self._recv_window < 2**30:
+            self.write(_head(4, _WINDOW_UPDATE, 0, 0) + _U32.pack(_MAX_WINDOW - self._recv_window))
+            self._recv_window = _MAX_WINDOW
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._refuse_data(stream_id, flags)
+            return
+        if stream.has_ended:
+            raise _StreamFault(ErrorCode.STREAM_CLOSED)
+        stream.arrived(size)
+        if flags & _PADDED:
+            payload = _without_padding(payload)
+            stream.consumed(size - len(payload))
+        is_last = bool(flags & _END_STREAM)
+        if is_last:
+            stream.has_ended = True
+        elif not payload:
+            self._strike()
+        receiver = stream.receiver
+        if receiver is not None:
+            receiver.data(payload, is_last)
+
+    def _refuse_data(self, stream_id: int, flags: int) -> None:
+        if stream_id == 0 or stream_id > self._last_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "data on a stream that was never opened")
+        if stream_id not in self._cut:
+            raise _StreamFault(ErrorCode.STREAM_CLOSED)
+        if flags & _END_STREAM:
+            del self._cut[stream_id]
+
+    def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if flags & _PADDED:
+            payload = _without_padding(payload)
+        if flags & _HAS_PRIORITY:
+            if len(payload) < 5:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS too short for its priority")
+            if _U32.unpack_from(payload)[0] & _MAX_WINDOW == stream_id:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a stream that depends on itself")
+            payload = payload[5:]
+        if flags & _END_HEADERS:
+            self._headers(stream_id, flags, payload)
+        else:
+            self._block = (stream_id, flags, bytearray(payload))
+            self._stalled_s = self._loop.time()
+            self._check_block()
+
+    def _on_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if self._block is None or self._block[0] != stream_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without a header block")
+        self._strike()
+        _, first_flags, block = self._block
+        block += payload
+        self._check_block()
+        if flags & _END_HEADERS:
+            self._block = None
+            self._headers(stream_id, first_flags, bytes(block))
+
+    def _check_block(self) -> None:
+        if self._block is not None and len(self._block[2]) > self._limits.header_block_bytes:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"a header block above {self._limits.header_block_bytes} bytes")
+
+    def _headers(self, stream_id: int, flags: int, block: bytes) -> None:
+        if len(block) > self._limits.header_block_bytes:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"a header block above {self._limits.header_block_bytes} bytes")
+        try:
+            fields = self._decoder.decode(block)
+        except CompressionError as error:
+            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, str(error)) from error
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._trailing(stream, flags, fields)
+        elif stream_id <= self._last_id:
+            self._refuse_headers(stream_id, flags)
+        elif stream_id % 2 == 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client cannot open stream {stream_id}")
+        else:
+            self._open(stream_id, flags, fields)
+
+    def _trailing(self, stream: Stream, flags: int, fields: Fields) -> None:
+        """Headers after data: they must end the stream, and hold nothing that belongs in front."""
+        if stream.has_ended:
+            raise _StreamFault(ErrorCode.STREAM_CLOSED)
+        if not flags & _END_STREAM or any(name.startswith(b":") for name, _ in fields):
+            raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
+        stream.has_ended = True
+        if stream.receiver is not None:
+            stream.receiver.data(b"", True)
+
+    def _refuse_headers(self, stream_id: int, flags: int) -> None:
+        if stream_id not in self._cut:
+            raise ConnectionFault(ErrorCode.STREAM_CLOSED, f"headers on stream {stream_id}, which has ended")
+        if flags & _END_STREAM:
+            del self._cut[stream_id]
+
+    def _open(self, stream_id: int, flags: int, fields: Fields) -> None:
+        self._last_id = stream_id
+        if len(self._streams) >= self._limits.streams or self._is_leaving:
+            self._cut[stream_id] = None
+            raise _StreamFault(ErrorCode.REFUSED_STREAM)
+        if not _is_request(fields):
+            raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
+        stream = Stream(self, stream_id, self._loop.time(), self._peer_window, self._limits.stream_window_bytes)
+        stream.has_ended = bool(flags & _END_STREAM)
+        self._streams[stream_id] = stream
+        receiver = self._accept(stream, fields)
+        if stream.is_open:
+            stream.receiver = receiver
+            if receiver is not None and stream.has_ended:
+                receiver.data(b"", True)
+
+    def _on_priority(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
+        self._strike()
+        if stream_id == 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PRIORITY of no stream")
+        if len(payload) != 5:
+            raise _StreamFault(ErrorCode.FRAME_SIZE_ERROR)
+        if _U32.unpack_from(payload)[0] & _MAX_WINDOW == stream_id:
+            raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
+
+    def _on_reset(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
+        if stream_id == 0 or stream_id > self._last_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "RST_STREAM of a stream that was never opened")
+        if len(payload) != 4:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "RST_STREAM has 4 bytes")
+        self._strike()
+        self._cut.pop(stream_id, None)
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            _give_up(stream)
+            self._after_close()
+
+    def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id != 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "SETTINGS of a stream")
+        if flags & _ACK:
+            if payload:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "an acknowledgement holds nothing")
+            return
+        if len(payload) % _SETTING.size:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS of a broken length")
+        self._strike()
+        self._has_settings = True
+        for name, value in _SETTING.iter_unpack(payload):
+            self._set(name, value)
+        self.write(_head(0, _SETTINGS, _ACK, 0))
+
+    def _set(self, name: int, value: int) -> None:
+        match name:
+            case 2 if value > 1:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "ENABLE_PUSH is 0 or 1")
+            case 4:
+                if value > _MAX_WINDOW:
+                    raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is too large")
+                change, self._peer_window = value - self._peer_window, value
+                try:
+                    for stream in list(self._streams.values()):
+                        stream.grow(change)
+                except _StreamFault:
+                    raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE makes a window too large") from None
+            case 5:
+                if not _DEFAULT_FRAME_BYTES <= value <= _MAX_FRAME_BYTES:
+                    raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of range")
+                self._peer_frame_bytes = value
+
+    def _on_push(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a client cannot push")
+
+    def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id != 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PING of a stream")
+        if len(payload) != 8:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "PING has 8 bytes")
+        if not flags & _ACK:
+            self._strike()
+            self.write(_head(8, _PING, _ACK, 0) + payload)
+
+    def _on_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
+        if stream_id != 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "GOAWAY of a stream")
+        if len(payload) < 8:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY is too short")
+        self.leave()
+
+    def _on_window(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
+        if len(payload) != 4:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE has 4 bytes")
+        size = _U32.unpack(payload)[0] & _MAX_WINDOW
+        if stream_id == 0:
+            self._widen(size)
+            return
+        if stream_id > self._last_id:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of a stream that was never opened")
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._strike()
+        elif size == 0:
+            raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
+        else:
+            stream.grow(size)
+
+    def _widen(self, size: int) -> None:
+        """The peer takes so many bytes more on all streams together."""
+        self.send_window += size
+        if size == 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
+        if self.send_window > _MAX_WINDOW:
+            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "the window is too large")
+        if self.is_blocked:
+            self.is_blocked = False
+            for stream in list(self._streams.values()):
+                stream.pump()
+
+
+def _head(length: int, kind: int, flags: int, stream_id: int) -> bytes:
+    return _HEAD.pack(length >> 16, length & 0xFFFF, kind, flags, stream_id)
+
+
+def _give_up(stream: Stream) -> None:
+    stream.is_open = False
+    receiver, stream.receiver = stream.receiver, None
+    if receiver is not None:
+        receiver.gone()
+
+
+def _without_padding(payload: bytes) -> bytes:
+    if not payload or payload[0] >= len(payload):
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "more padding than frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+_PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
+_REQUIRED = frozenset((b":method", b":scheme", b":path"))
+_OF_CONNECTIONS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
+_TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
+_KNOWN_NAMES: set[bytes] = {b"content-type", b"user-agent", b"te", b"grpc-timeout", b"grpc-accept-encoding", b"authorization"}
+_MOST_KNOWN_NAMES = 1_000
+
+
+def _is_request(fields: Fields) -> bool:
+    """Whether fields are well-formed as a request's (RFC 9113 §8.2 and §8.3)."""
+    pseudo: list[bytes] = []
+    are_first = True
+    for name, value in fields:
+        if name in _KNOWN_NAMES:
+            are_first = False
+            if name == b"te" and value != b"trailers":
+                return False
+        elif name in _PSEUDO:
+            if not are_first:
+                return False
+            pseudo.append(name)
+        elif _is_name(name):
+            are_first = False
+        else:
+            return False
+        if b"\n" in value or b"\r" in value or b"\0" in value:
+            return False
+    names = set(pseudo)
+    return len(names) == len(pseudo) and names >= _REQUIRED
+
+
+def _is_name(name: bytes) -> bool:
+    if not name or not _TOKEN.issuperset(name) or name in _OF_CONNECTIONS:
+        return False
+    if len(_KNOWN_NAMES) < _MOST_KNOWN_NAMES and len(name) < 64:
+        _KNOWN_NAMES.add(name)
+    return True

@@ -1,0 +1,179 @@
+"""The gRPC server as a component: one socket, its connections, and the services that are spoken over them."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+
+from grpc_health.v1 import health_pb2
+
+from libs.errors import ConfigurationError, DeadlineExceededError
+from libs.inference.oip_proto import open_inference_pb2
+from services.gateway.access import AccessControl
+from services.gateway.health import Health
+from services.gateway.predictions import Handler
+from services.gateway.routes import Door, HttpRoute, Permission
+from services.gateway.rpc import health, inference, reflection
+from services.gateway.rpc.calls import Budget, CallLimits, Method, Open, Router, UnaryCall, streaming, told, unary
+from services.gateway.rpc.framing import PREFIX
+from services.gateway.rpc.health import HealthService
+from services.gateway.rpc.http2 import Connection, Limits
+from services.gateway.rpc.inference import DataPlane, InferenceService
+from services.gateway.rpc.reflection import Reflection
+from services.gateway.settings import GrpcSettings
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+_BACKLOG = 1024
+
+
+def methods(dataplane: DataPlane, told_by_rest: Mapping[tuple[str, str], Handler], state: Health) -> list[Method]:
+    """Every method of the gRPC door, with the permission that a caller needs for it; None: it is public."""
+    service = InferenceService(dataplane, told_by_rest)
+    healthy = HealthService(state, (inference.SERVICE,))
+    reflected = Reflection((open_inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR))
+    predict = Permission.PREDICT
+    return [
+        _method(inference.SERVICE, "ModelInfer", predict, unary(service.infer)),
+        _method(inference.SERVICE, "ModelStreamInfer", predict, streaming(service.infer_stream)),
+        _method(inference.SERVICE, "ServerLive", None, told(service.server_live)),
+        _method(inference.SERVICE, "ServerReady", None, told(service.server_ready)),
+        _method(inference.SERVICE, "ServerMetadata", predict, told(service.server_metadata)),
+        _method(inference.SERVICE, "ModelReady", predict, told(service.model_ready)),
+        _method(inference.SERVICE, "ModelMetadata", predict, told(service.model_metadata)),
+        _method(inference.SERVICE, "RepositoryIndex", predict, told(service.index)),
+        _method(inference.SERVICE, "RepositoryModelLoad", predict, told(service.load)),
+        _method(inference.SERVICE, "RepositoryModelUnload", predict, told(service.unload)),
+        _method(health.SERVICE, "Check", None, unary(healthy.check)),
+        _method(health.SERVICE, "Watch", None, streaming(healthy.watch)),
+        *(_method(name, "ServerReflectionInfo", predict, streaming(reflected.open)) for name in reflection.SERVICES),
+    ]
+
+
+def _method(service: str, name: str, permission: Permission | None, begin: Open) -> Method:
+    return Method(HttpRoute("POST", f"/{service}/{name}", permission, Door.PLAIN), begin)
+
+
+class GrpcServer:
+    """Serves the methods.
+
+    ``stop`` takes no new connections and calls, lets calls in flight end for up to ``drain_timeout_s``, and then cuts them.
+
+    Parameters
+    ----------
+    message_bytes
+        Largest message, before and after decompression.
+    reuse_port
+        Whether other processes listen on the port too.
+
+    Attributes
+    ----------
+    port
+        The port listened on, once started.
+    """
+
+    def __init__(
+        self,
+        access: AccessControl,
+        methods: Sequence[Method],
+        settings: GrpcSettings,
+        host: str,
+        *,
+        message_bytes: int,
+        drain_timeout_s: float,
+        reuse_port: bool = False,
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._drain_timeout_s = drain_timeout_s
+        self._reuse_port = reuse_port
+        self._router = Router(access, methods, CallLimits(message_bytes, Budget(max(settings.max_buffered_bytes, message_bytes))))
+        self._limits = Limits(
+            streams=settings.max_streams,
+            stream_window_bytes=min(message_bytes + PREFIX.size + 2**16, 2**31 - 1),
+            header_block_bytes=settings.max_metadata_bytes,
+            first_request_s=settings.header_timeout_s,
+            block_s=settings.header_timeout_s,
+            idle_s=settings.idle_timeout_s,
+            body_s=settings.body_timeout_s,
+        )
+        self._connections: set[Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._drained: asyncio.Event | None = None
+        self.port = settings.port
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
+    async def start(self) -> None:
+        listener = self._listen()
+        self.port = listener.getsockname()[1]
+        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=listener, backlog=_BACKLOG)
+
+    async def run(self) -> None:
+        """Close what is stalled or idle."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self.sweep(loop.time())
+
+    def sweep(self, now_s: float) -> None:
+        """Look after all connections once."""
+        for connection in list(self._connections):
+            for stream in connection.late(now_s):
+                if isinstance(stream.receiver, UnaryCall):
+                    stream.receiver.expire(
+                        DeadlineExceededError(f"the request was not complete after {self._settings.body_timeout_s:.0f} s")
+                    )
+            connection.sweep(now_s)
+
+    async def stop(self) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._connections):
+            connection.leave()
+        if self._connections:
+            self._drained = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), self._drain_timeout_s)
+        for connection in list(self._connections):
+            connection.abort()
+
+    def _connection(self) -> Connection:
+        connection = Connection(asyncio.get_running_loop(), self._router.accept, self._limits, self._lost)
+        self._connections.add(connection)
+        if len(self._connections) > self._settings.max_connections:
+            log.warning("refused a gRPC connection: %d are open", len(self._connections) - 1)
+            connection.refuse()
+        return connection
+
+    def _lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if self._drained is not None and not self._connections:
+            self._drained.set()
+
+    def _listen(self) -> socket.socket:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                self._host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise ConfigurationError(f"the address {self._host!r} cannot be used: {error.strerror}") from error
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._reuse_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            listener.setblocking(False)
+        except OSError as error:
+            listener.close()
+            raise ConfigurationError(
+                f"cannot listen on {self._host}:{self.port}: {error.strerror}; set GATEWAY_GRPC_PORT to a port that is free"
+            ) from error
+        return listener

@@ -1,0 +1,59 @@
+"""Wiring of streaming."""
+
+from collections.abc import Sequence
+
+from libs import artifacts
+from libs.artifacts import ArtifactStore
+from libs.inference.pool import RunnerPool
+from libs.inference.spans import RunnerSpans, runner_spans
+from libs.lifecycle import Component
+from libs.messaging import cloudevents
+from libs.messaging.admin import create_topics
+from libs.messaging.broker import Broker
+from libs.messaging.cloudevents import Clock
+from libs.messaging.follower import Follower
+from libs.messaging.kafka import KafkaBroker
+from libs.metrics import PROCESS
+from libs.metrics.exposition import of
+from libs.metrics.server import MetricsServer
+from schemas.topics import STATE_DEPLOYMENTS, STATE_ENDPOINTS, Topic
+from services.streaming.adapters import KafkaStreamLog
+from services.streaming.answering import AnswerParts
+from services.streaming.claims import Claims
+from services.streaming.log import StreamLog, StreamLogs
+from services.streaming.settings import Settings
+from services.streaming.state import State
+from services.streaming.streams import CreateTopics, StreamParts, Streams
+
+
+def build(
+    settings: Settings,
+    *,
+    broker: Broker | None = None,
+    logs: StreamLogs | None = None,
+    topics: CreateTopics | None = None,
+    store: ArtifactStore | None = None,
+    spans: RunnerSpans | None = None,
+    clock: Clock = cloudevents.utc_now,
+) -> Sequence[Component]:
+    """The components of streaming, in the order they start."""
+    state = State()
+
+    async def create(topics: Sequence[Topic]) -> None:
+        await create_topics(settings.kafka, topics)
+
+    def stream_log(endpoint_name: str) -> StreamLog:
+        return KafkaStreamLog(settings.kafka, endpoint_name, settings.chunk_bytes, PROCESS)
+
+    answering = AnswerParts(
+        state,
+        RunnerPool(settings.runner.key_file, spans or runner_spans(settings.telemetry)),
+        Claims(store or artifacts.from_settings(settings.artifacts), settings.claim_bytes),
+        settings.answer_limits,
+        clock=clock,
+        metrics=PROCESS,
+        is_traced=spans is not None or bool(settings.telemetry.otel_exporter_otlp_endpoint),
+    )
+    follower = Follower(broker or KafkaBroker(settings.kafka), [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
+    metrics = MetricsServer(of(PROCESS), settings.metrics_host, settings.metrics_port)
+    return [follower, Streams(StreamParts(state, logs or stream_log, topics or create, answering, settings.stream_limits)), metrics]

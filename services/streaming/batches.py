@@ -1,0 +1,213 @@
+"""Requests of one deployment that are asked of a runner at once. No I/O."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from libs.errors import InvalidMessage
+from libs.inference import v1
+from libs.inference.batches import is_batchable, join, row_count
+from libs.inference.batches import batch_key as key_of
+from libs.inference.errors import InvalidInputError
+from libs.inference.requests import InferRequest
+from libs.inference.routing import Route
+from libs.runner.wire import Arrays
+from schemas.inference import Signature
+from services.streaming.log import Given
+from services.streaming.requests import Form, Request
+
+TARGET_S = 0.05
+"""What a batch should take in the model: long enough that what surrounds it does not matter, short enough that a synchronous request that
+has to wait for it is not late."""
+
+FIRST_ROWS = 64
+
+
+class Item:
+    """A request on its way to its result.
+
+    Attributes
+    ----------
+    document
+        The JSON body; None for other forms.
+    asked
+        The tensors, once they had to be made for this request by itself.
+    lost
+        Runners that were lost while they were asked this among others, or this alone.
+    written
+        What goes out for it: its result, and the dead letter of a failed one.
+    """
+
+    __slots__ = ("asked", "document", "lost", "outcome", "request", "span", "written")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.document: dict[str, Any] | None = None
+        self.asked: InferRequest | None = None
+        self.lost = 0
+        self.outcome = "completed"
+        self.span: Any = None
+        self.written: list[Given] = []
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is answered in rows."""
+        return self.request.form is Form.ROWS
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has rows and asks nothing besides: such requests are made to tensors all at once."""
+        document = self.document
+        if document is None or len(document) != 1:
+            return False
+        instances = document.get("instances")
+        return type(instances) is list and bool(instances)
+
+    def read(self) -> None:
+        """Find out which form the body has; raises ``InvalidMessage``."""
+        if self.request.form in (None, Form.ROWS, Form.TENSORS):
+            self.document = self.request.document()
+
+    def parse(self, signature: Signature) -> InferRequest:
+        """Tensors for a signature; raises ``InvalidMessage`` or ``InvalidInputError``."""
+        self.asked = self.request.parse(self.document, signature)
+        return self.asked
+
+
+class Batch:
+    """Requests with one route and one shape of a row, as one tensor for each input."""
+
+    __slots__ = ("counts", "inputs", "items", "outputs", "route")
+
+    def __init__(self, route: Route, items: list[Item], counts: list[int], inputs: Arrays, outputs: tuple[str, ...] | None) -> None:
+        self.route = route
+        self.items = items
+        self.counts = counts
+        self.inputs = inputs
+        self.outputs = outputs
+
+    @property
+    def rows(self) -> int:
+        """Rows of all requests."""
+        return sum(self.counts)
+
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """The same in batches of ``size`` requests."""
+        begin = 0
+        for first in range(0, len(self.items), size):
+            counts = self.counts[first : first + size]
+            end = begin + sum(counts)
+            inputs = {name: array[begin:end] for name, array in self.inputs.items()}
+            yield Batch(self.route, self.items[first : first + size], counts, inputs, self.outputs)
+            begin = end
+
+
+class Pace:
+    """How many rows a batch may have so that the model takes about ``TARGET_S`` for it; found out by doubling and halving.
+
+    Examples
+    --------
+    >>> pace = Pace(longest=1000)
+    >>> pace.took(64, 0.001)
+    >>> pace.rows
+    128
+    >>> pace.took(128, 0.2)
+    >>> pace.rows
+    64
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self.rows = min(FIRST_ROWS, longest)
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Learn from a batch."""
+        if seconds > TARGET_S:
+            self.rows = max(1, min(self.rows, rows) // 2)
+        elif rows >= self.rows and seconds < TARGET_S / 2:
+            self.rows = min(self._longest, self.rows * 2)
+
+
+class Grouping:
+    """Items sorted into batches; those that do not fit the model are found on the way.
+
+    Attributes
+    ----------
+    failed
+        Items that cannot be asked, with the reason.
+    """
+
+    def __init__(self) -> None:
+        self.failed: list[tuple[Item, InvalidMessage | InvalidInputError]] = []
+        self._plain: dict[str, tuple[Route, list[Item]]] = {}
+        self._parsed: dict[Any, tuple[Route, list[Item]]] = {}
+        self._alone: list[Batch] = []
+
+    def add(self, item: Item, route: Route, *, is_alone: bool) -> None:
+        """Put an item to those it can be asked with."""
+        if is_alone or not is_batchable(route.signature):
+            asked = self._parse(item, route)
+            if asked is not None:
+                self._alone.append(Batch(route, [item], [row_count(asked) or 1], asked.inputs, asked.outputs))
+        elif item.is_plain:
+            self._plain.setdefault(route.deployment_id, (route, []))[1].append(item)
+        else:
+            self._add_parsed(item, route)
+
+    def batches(self, limit: int) -> list[Batch]:
+        """Batches of at most ``limit`` rows, or of one request that has more."""
+        found: list[Batch] = []
+        for route, items in list(self._plain.values()):
+            counts = [len(item.document["instances"]) for item in items]  # type: ignore[index]
+            for some, some_counts in _cut(items, counts, limit):
+                found += self._joined(route, some, some_counts)
+        for route, items in self._parsed.values():
+            counts = [row_count(item.asked) or 1 for item in items]  # type: ignore[arg-type]
+            for some, some_counts in _cut(items, counts, limit):
+                found.append(_concatenated(route, some, some_counts))
+        return found + self._alone
+
+    def _joined(self, route: Route, items: list[Item], counts: list[int]) -> list[Batch]:
+        """Rows of many requests read as those of one: elements do not depend on their neighbours. If one of them is wrong, each for itself."""
+        rows = [row for item in items for row in item.document["instances"]]  # type: ignore[index]
+        try:
+            return [Batch(route, items, counts, v1.from_document({"instances": rows}, route.signature).inputs, None)]
+        except InvalidInputError:
+            for item in items:
+                self._add_parsed(item, route)
+            return []
+
+    def _add_parsed(self, item: Item, route: Route) -> None:
+        asked = self._parse(item, route)
+        if asked is None:
+            return
+        if row_count(asked) is None:
+            self._alone.append(Batch(route, [item], [1], asked.inputs, asked.outputs))
+        else:
+            self._parsed.setdefault((route.deployment_id, item.is_rows, key_of(asked)), (route, []))[1].append(item)
+
+    def _parse(self, item: Item, route: Route) -> InferRequest | None:
+        try:
+            return item.parse(route.signature)
+        except (InvalidMessage, InvalidInputError) as error:
+            self.failed.append((item, error))
+            return None
+
+
+def _cut(items: Sequence[Item], counts: Sequence[int], limit: int) -> Iterator[tuple[list[Item], list[int]]]:
+    some: list[Item] = []
+    some_counts: list[int] = []
+    rows = 0
+    for item, count in zip(items, counts, strict=True):
+        if some and rows + count > limit:
+            yield some, some_counts
+            some, some_counts, rows = [], [], 0
+        some.append(item)
+        some_counts.append(count)
+        rows += count
+    if some:
+        yield some, some_counts
+
+
+def _concatenated(route: Route, items: list[Item], counts: list[int]) -> Batch:
+    requests = [item.asked for item in items if item.asked is not None]
+    return Batch(route, items, counts, join(requests), requests[0].outputs)

@@ -1,0 +1,122 @@
+"""How results are written. No I/O.
+
+A result is a CloudEvent in binary mode. Its body has the form of its request: an ``InferenceResult`` with ``predictions`` for V1, one with
+``outputs`` for V2 (which is a V2 response, too), V2 with binary tensors, or a ``ModelInferResponse``. A failed one is always an
+``InferenceResult`` with ``error``.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from libs.errors import MillraceError
+from libs.inference import v1, v2, v2_grpc
+from libs.inference.errors import printable
+from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.routing import Route
+from libs.messaging.records import MAX_RECORD_BYTES
+from schemas.topics import inference_results
+from services.streaming.log import Given, Header
+from services.streaming.requests import REFERENCE, Form, Request
+
+COMPLETED = "millrace.serving.inference.completed.v1"
+FAILED = "millrace.serving.inference.failed.v1"
+SOURCE = "/millrace/streaming"
+
+MAX_KEY_BYTES = 4096
+"""A longer key is not repeated on the result: beside it there would be no room for the answer."""
+
+MAX_VALUE_BYTES = MAX_RECORD_BYTES - 32 * 1024
+"""A larger body goes to the artifact store; the rest is for key and headers, whose attributes are bounded."""
+
+_JSON = "application/json"
+
+
+class ResultWriter:
+    """Writes results of one endpoint that belong to one moment.
+
+    Parameters
+    ----------
+    now
+        The ``ce_time`` of all of them.
+    """
+
+    def __init__(self, endpoint_name: str, now: datetime) -> None:
+        self._topic = inference_results(endpoint_name).name
+        self._common: list[Header] = [
+            ("ce_specversion", b"1.0"),
+            ("ce_source", SOURCE.encode()),
+            ("ce_time", now.isoformat().replace("+00:00", "Z").encode()),
+            ("ce_subject", endpoint_name.encode()),
+        ]
+        self._completed = self._head(COMPLETED, _JSON)
+        self._endpoint = orjson.dumps(endpoint_name)
+
+    def rows(self, requests: Sequence[Request], counts: Sequence[int], route: Route, response: InferResponse) -> list[Given]:
+        """Results of V1 requests whose rows were asked together; several only if the response has exactly their rows, in their order."""
+        predictions = _as_list(v1.predictions(response))
+        model = orjson.dumps(route.model_name)
+        middle = b',"endpoint_name":%b,"status":"completed","model_name":%b,"model_version":%d,"predictions":' % (
+            self._endpoint,
+            model,
+            route.version,
+        )
+        results = []
+        begin = 0
+        for request, count in zip(requests, counts, strict=True):
+            body = predictions[begin : begin + count] if len(requests) > 1 else predictions
+            begin += count
+            value = b'{"request_id":%b%b%b}' % (orjson.dumps(request.id), middle, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
+            results.append(self._given(request, self._completed, value))
+        return results
+
+    def tensors(self, request: Request, asked: InferRequest, route: Route, response: InferResponse) -> Given:
+        """The result of a request in one of the V2 forms."""
+        version = str(route.version)
+        if request.form is Form.PROTOBUF:
+            value = v2_grpc.render(response, asked, route.model_name, version)
+            return self._given(request, self._head(COMPLETED, request.content_type or v2_grpc.CONTENT_TYPE), value)
+        value, head_length = v2.render(response, asked, route.model_name, version)
+        if head_length is not None:
+            head = self._head(COMPLETED, "application/octet-stream")
+            return self._given(request, [*head, ("inference-header-content-length", b"%d" % head_length)], value)
+        beginning = {"request_id": request.id, "endpoint_name": request.endpoint_name, "status": "completed"}
+        return self._given(request, self._completed, orjson.dumps(beginning)[:-1] + b"," + value[1:])
+
+    def failed(self, request: Request, error: MillraceError) -> Given:
+        """The result that says why there is no answer."""
+        body = {
+            "request_id": request.id,
+            "endpoint_name": request.endpoint_name,
+            "status": "failed",
+            "error": printable(error.message),
+        }
+        return self._given(request, self._head(FAILED, _JSON), orjson.dumps(body))
+
+    def reference(self, result: Given, sha256: str) -> Given:
+        """The same result with its body in the artifact store."""
+        return result._replace(value=b"", headers=[*result.headers, ("ce_dataref", f"{REFERENCE}{sha256}".encode())])
+
+    def _head(self, event_type: str, content_type: str) -> list[Header]:
+        return [("content-type", content_type.encode()), *self._common, ("ce_type", event_type.encode())]
+
+    def _given(self, request: Request, head: Sequence[Header], value: bytes) -> Given:
+        identity = request.id.encode("utf-8", "replace")
+        correlation = identity if request.correlation_id is request.id else request.correlation_id.encode("utf-8", "replace")
+        headers = [
+            *head,
+            ("ce_id", request.result_id.encode()),
+            ("ce_correlationid", correlation),
+            ("ce_causationid", identity),
+        ]
+        if request.traceparent is not None:
+            headers.append(("traceparent", request.traceparent.encode()))
+        key = request.taken.key
+        return Given(self._topic, key if key and len(key) <= MAX_KEY_BYTES else identity, value, headers)
+
+
+def _as_list(predictions: Any) -> Any:
+    """Arrays as lists, whose slices cost nothing to write."""
+    return predictions.tolist() if hasattr(predictions, "tolist") else predictions

@@ -1,0 +1,284 @@
+"""Streaming inference: records of an endpoint's requests topic in, one result per request on its results topic out.
+
+Three stages work at once on three chunks of records: one is taken from the log, the one before it is answered, and the results of the one
+before that are committed. Each stage takes one chunk at a time, so what is in memory is bounded, and results go out in the order of their
+requests.
+
+Exactly once: results, dead letters and offsets are one transaction of the log. When anything about it is doubtful, its clients are given up
+and the stream begins anew where the log says it is.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from libs.errors import TransientError
+from libs.messaging.errors import StoppingError
+from libs.messaging.loop import GRACE_S
+from libs.messaging.retry import keep_trying
+from libs.metrics import Metrics
+from libs.metrics.definitions import STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
+from schemas.topics import Topic, inference_requests, inference_results
+from services.streaming.answering import Answerer, AnswerParts
+from services.streaming.batches import Item
+from services.streaming.errors import SessionLostError
+from services.streaming.log import Chunk, StreamLog, StreamLogs
+from services.streaming.state import State
+from services.streaming.tasks import pause, together
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""Longest time until a stream that has nothing to do notices that it shall stop."""
+
+PATIENCE_S = 1.0
+"""A stage that is not rid of a chunk after so long pauses the partitions, so that the consumer can be polled and stays in its group."""
+
+LAG_INTERVAL_S = 5.0
+_LOWEST_LIMIT_BYTES = 64 * 1024
+
+CreateTopics = Callable[[Sequence[Topic]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """How much is taken at once, and how long a stop waits for what runners are being asked, in seconds."""
+
+    chunk_records: int = 1_000
+    chunk_bytes: int = 4 * 2**20
+    grace_s: float = GRACE_S
+
+
+@dataclass(frozen=True)
+class StreamParts:
+    """What all streams share."""
+
+    state: State
+    logs: StreamLogs
+    create_topics: CreateTopics
+    answering: AnswerParts
+    limits: StreamLimits = field(default_factory=StreamLimits)
+
+    @property
+    def metrics(self) -> Metrics:
+        """Where streams count."""
+        return self.answering.metrics
+
+
+class Streams:
+    """One stream per endpoint, as a component: streams begin and end with their endpoints."""
+
+    def __init__(self, parts: StreamParts) -> None:
+        self._parts = parts
+        self._state = parts.state
+        self._pool = parts.answering.pool
+        self._streams: dict[str, tuple[Stream, asyncio.Task[None]]] = {}
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        self._pool.open()
+
+    async def run(self) -> None:
+        while not self._stopping.is_set():
+            self._state.changed.clear()
+            await self._adjust(set(self._state.routing.endpoint_names()))
+            await self._next_change()
+
+    async def stop(self) -> None:
+        self._stopping.set()
+        await self._end(list(self._streams))
+        await self._pool.close()
+
+    async def _adjust(self, wanted: set[str]) -> None:
+        for name in sorted(wanted - self._streams.keys()):
+            stream = Stream(name, self._parts)
+            self._streams[name] = (stream, asyncio.create_task(stream.run(), name=f"stream {name}"))
+        await self._end(self._streams.keys() - wanted)
+
+    async def _end(self, names: Collection[str]) -> None:
+        ending = [self._streams.pop(name) for name in names]
+        await asyncio.gather(*(stream.stop(task) for stream, task in ending))
+
+    async def _next_change(self) -> None:
+        """Return when endpoints changed, or after a minute; raise when a stream ended by itself."""
+        changed = asyncio.create_task(self._state.changed.wait())
+        stopped = asyncio.create_task(self._stopping.wait())
+        tasks = {task for _, task in self._streams.values()}
+        try:
+            done, _ = await asyncio.wait({changed, stopped, *tasks}, timeout=60.0, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            stopped.cancel()
+        for task in done & tasks:
+            task.result()
+        self._pool.keep(self._state.replicas())
+
+
+class _Answered(NamedTuple):
+    chunk: Chunk
+    items: list[Item]
+    taken_s: float
+
+
+class Stream:
+    """The records of one endpoint."""
+
+    def __init__(self, endpoint_name: str, parts: StreamParts) -> None:
+        self._endpoint_name = endpoint_name
+        self._topics = (inference_requests(endpoint_name), inference_results(endpoint_name))
+        self._requests = self._topics[0].name
+        self._parts = parts
+        self._limits = parts.limits
+        self._stopping = asyncio.Event()
+        self._answerer = Answerer(endpoint_name, parts.answering, self._stopping)
+        self._figures = _Figures(endpoint_name, parts.metrics)
+
+    async def run(self) -> None:
+        """Answer records until stopped; what was not committed is read again by whoever comes next."""
+        failures = 0
+        try:
+            while not self._stopping.is_set():
+                began = time.monotonic()
+                try:
+                    await self._session()
+                except TransientError as error:
+                    failures = 1 if time.monotonic() - began > 60 else failures + 1
+                    self._learn_from(error)
+                    delay_s = self._parts.answering.retry.delay_s(failures)
+                    log.warning("streaming %s begins anew in %.1f s: %s", self._requests, delay_s, error)
+                    await pause(self._stopping, delay_s)
+        except StoppingError:
+            log.info("the stream of %s stops", self._endpoint_name)
+        finally:
+            self._figures.forget()
+
+    async def stop(self, running: "asyncio.Task[None]") -> None:
+        """Finish what runners are being asked, but not for ever."""
+        self._stopping.set()
+        done, _ = await asyncio.wait({running}, timeout=self._limits.grace_s)
+        if not done:
+            log.warning(
+                "the stream of %s did not finish within %g s; its records are read again", self._endpoint_name, self._limits.grace_s
+            )
+            running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    async def _session(self) -> None:
+        """Answer records with one set of clients."""
+        retry = self._parts.answering.retry
+        await keep_trying(lambda: self._parts.create_topics(self._topics), retry, self._stopping)
+        stream_log = self._parts.logs(self._endpoint_name)
+        taken: asyncio.Queue[tuple[Chunk, float] | None] = asyncio.Queue(maxsize=1)
+        answered: asyncio.Queue[_Answered | None] = asyncio.Queue(maxsize=1)
+        try:
+            await stream_log.open()
+            log.info("streaming %s", self._requests)
+            await together(self._take_all(stream_log, taken), self._answer_all(taken, answered), self._commit_all(stream_log, answered))
+        finally:
+            self._figures.in_flight.value = 0
+            await stream_log.close()
+
+    async def _take_all(self, stream_log: StreamLog, taken: "asyncio.Queue[tuple[Chunk, float] | None]") -> None:
+        looked_s = 0.0
+        while not self._stopping.is_set():
+            if self._answerer.is_answerable():
+                chunk = await stream_log.take(self._limits.chunk_records, self._limits.chunk_bytes, POLL_S)
+                if chunk.records:
+                    self._figures.in_flight.value += len(chunk.records)
+                    await self._hand_on(stream_log, (chunk, time.monotonic()), taken)
+            else:
+                # What cannot be answered is better left on the topic.
+                await stream_log.stay(POLL_S)
+            if time.monotonic() - looked_s > LAG_INTERVAL_S:
+                self._figures.waiting(await stream_log.lags())
+                looked_s = time.monotonic()
+        await taken.put(None)
+
+    async def _hand_on(self, stream_log: StreamLog, chunk: tuple[Chunk, float], taken: "asyncio.Queue[tuple[Chunk, float] | None]") -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                return await taken.put(chunk)
+        while taken.full():
+            await stream_log.stay(POLL_S)
+        taken.put_nowait(chunk)
+
+    async def _answer_all(self, taken: "asyncio.Queue[tuple[Chunk, float] | None]", answered: "asyncio.Queue[_Answered | None]") -> None:
+        try:
+            while (entry := await taken.get()) is not None and not self._stopping.is_set():
+                chunk, taken_s = entry
+                await answered.put(_Answered(chunk, await self._answerer.answer(chunk.records), taken_s))
+        except StoppingError:
+            log.info("records of %s that were being answered are read again", self._requests)
+        while taken.full():
+            taken.get_nowait()
+        await answered.put(None)
+
+    async def _commit_all(self, stream_log: StreamLog, answered: "asyncio.Queue[_Answered | None]") -> None:
+        while (first := await answered.get()) is not None:
+            is_last = False
+            some = [first]
+            while not answered.empty():
+                further = answered.get_nowait()
+                if further is None:
+                    is_last = True
+                elif further.chunk.assignment == first.chunk.assignment:
+                    some.append(further)
+                else:
+                    await self._commit(stream_log, some)
+                    some = [further]
+            await self._commit(stream_log, some)
+            if is_last:
+                return
+
+    async def _commit(self, stream_log: StreamLog, some: Sequence[_Answered]) -> None:
+        results = [given for entry in some for item in entry.items for given in item.written]
+        offsets: dict[int, int] = {}
+        for entry in some:
+            offsets.update(entry.chunk.offsets())
+        if await stream_log.commit(some[0].chunk.assignment, results, offsets):
+            self._figures.committed(some)
+        else:
+            log.info("records of %s are left to whoever reads their partitions now", self._requests)
+        self._figures.in_flight.value -= sum(len(entry.items) for entry in some)
+
+    def _learn_from(self, error: TransientError) -> None:
+        """Send smaller records to a broker that has found one too large; larger ones go to the artifact store."""
+        if isinstance(error, SessionLostError) and error.is_too_large:
+            self._answerer.max_value_bytes = max(_LOWEST_LIMIT_BYTES, self._answerer.max_value_bytes // 2)
+
+
+class _Figures:
+    """What a stream counts."""
+
+    def __init__(self, endpoint_name: str, metrics: Metrics) -> None:
+        self._endpoint_name = endpoint_name
+        self._metrics = metrics
+        self.in_flight = metrics.gauge(STREAM_IN_FLIGHT, endpoint_name)
+        self._seconds = metrics.histogram(STREAM_RECORD_SECONDS, endpoint_name)
+        self._partitions: set[int] = set()
+
+    def committed(self, some: Sequence[_Answered]) -> None:
+        """Count records whose results are in the log."""
+        now = time.monotonic()
+        for entry in some:
+            for outcome, count in Counter([item.outcome for item in entry.items]).items():
+                self._metrics.counter(STREAM_RECORDS, self._endpoint_name, outcome).value += count
+            self._seconds.observe_many(now - entry.taken_s, len(entry.items))
+
+    def waiting(self, lags: dict[int, int]) -> None:
+        """Tell how many records wait on each partition that this process reads."""
+        for partition in self._partitions - lags.keys():
+            self._metrics.forget(STREAM_LAG, self._endpoint_name, str(partition))
+        for partition, lag in lags.items():
+            self._metrics.gauge(STREAM_LAG, self._endpoint_name, str(partition)).value = lag
+        self._partitions = set(lags)
+
+    def forget(self) -> None:
+        """The stream is no more."""
+        self.waiting({})
+        self._metrics.forget(STREAM_IN_FLIGHT, self._endpoint_name)

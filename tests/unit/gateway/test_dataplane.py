@@ -1,0 +1,408 @@
+"""The data plane against a pool of runners that answer when they are told to."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from libs.errors import DeadlineExceededError, MillraceError, NotFoundError, NotReadyError, OverloadedError
+from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
+from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.routing import NoReplicaError, Route
+from schemas.inference import Signature, TensorSpec
+from schemas.registry import Replica
+from services.gateway.batching import Batch, BatchLimits, Pending
+from services.gateway.changes import Changes
+from services.gateway.dataplane import DataPlane, DataPlaneLimits
+from services.gateway.exchange import Outgoing
+from services.gateway.predictions import Ask, Caller, Outcome, Protocol, Target
+
+SIGNATURE = Signature(
+    inputs=(TensorSpec(name="x", datatype="FP64", shape=(-1, -1)),), outputs=(TensorSpec(name="y", datatype="FP64", shape=(-1,)),)
+)
+R0, R1 = (Replica(replica_id=f"r{number}", address=f"unix:/r{number}") for number in range(2))
+
+
+@dataclass
+class Asked:
+    """One batch at a runner."""
+
+    replica: Replica
+    inputs: dict[str, Any]
+    outputs: tuple[str, ...] | None
+    done: Callable[[Any], None]
+    timeout_s: float | None
+
+    @property
+    def rows(self) -> list[float]:
+        return self.inputs["x"][:, 0].tolist()
+
+    def answer(self, error: MillraceError | None = None) -> None:
+        """The sum of each row, or an error."""
+        self.done(error or InferResponse({"y": self.inputs["x"].sum(axis=1)}, model_s=0.25))
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+        self.pinged = asyncio.Event()
+
+    def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def keep(self, live: Any) -> None: ...
+
+    def send(self, route: Route, replica: Replica, inputs: Any, outputs: Any, _: Any, done: Any, *, timeout_s: float) -> None:
+        self.asked.append(Asked(replica, inputs, outputs, done, timeout_s))
+
+    async def ping(self, _: Replica, *, timeout_s: float) -> float:
+        await self.pinged.wait()
+        return 0.0
+
+
+@dataclass
+class Recorder:
+    refuses: MillraceError | None = None
+    notes: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def refusal(self, _: str) -> MillraceError | None:
+        return self.refuses
+
+    def refused(self, endpoint_name: str, _: Protocol, reason: str) -> None:
+        self.notes.append(("refused", endpoint_name, reason))
+
+    def accepted(self, pending: Pending) -> None:
+        self.notes.append(("accepted", pending.caller.request_id))
+
+    def ended(self, pending: Pending, outcome: Outcome, error: MillraceError | None) -> None:
+        self.notes.append((outcome, pending.caller.request_id))
+
+    def batch_sent(self, batch: Batch) -> None:
+        self.notes.append(("sent", batch.reason, batch.rows))
+
+    def batch_ended(self, batch: Batch, error: MillraceError | None) -> None: ...
+
+    def ends(self) -> dict[str, list[Outcome]]:
+        found: dict[str, list[Outcome]] = {}
+        for note in self.notes:
+            if isinstance(note[0], Outcome):
+                found.setdefault(note[1], []).append(note[0])
+        return found
+
+
+@dataclass
+class Bench:
+    """A data plane with everything around it."""
+
+    plane: DataPlane
+    pool: Pool
+    recorder: Recorder
+    catalog: Any
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def ask(self, *rows: tuple[float, ...], name: str = "", timeout_ms: int | None = None, target: str = "sums") -> Pending:
+        """Submit a request of these rows; its id is the first number unless it has a name."""
+        name = name or str(int(rows[0][0]))
+
+        def parse(_: Signature) -> InferRequest:
+            if rows[0][0] < 0:
+                raise InvalidInputError("negative")
+            return InferRequest({"x": np.array(rows, dtype=float)})
+
+        ask = Ask(Target(target), Protocol.V1, parse, lambda p: Outgoing(repr(p.response.outputs["y"].tolist()).encode()), timeout_ms)
+        return self.plane.submit(ask, Caller(name), lambda result: self.results.setdefault(name, result))
+
+    def route_to(self, *replicas: Replica, signature: Signature = SIGNATURE) -> None:
+        self.catalog.route = Route("sums", "sums.sums.1", "sums", 1, signature, replicas)
+        self.catalog.deployments = {"sums.sums.1": SimpleNamespace(replicas=replicas)}
+        self.catalog.changes.notify()
+
+    def answers(self) -> dict[str, str]:
+        return {name: result.body.decode() for name, result in self.results.items() if isinstance(result, Outgoing)}
+
+    def errors(self) -> dict[str, type]:
+        return {name: type(result) for name, result in self.results.items() if isinstance(result, MillraceError)}
+
+
+async def turn() -> None:
+    """Let everything that is due happen."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def bench():
+    async with running() as found:
+        yield found
+
+
+class running:
+    """A running bench."""
+
+    def __init__(self, **limits: Any) -> None:
+        self._limits = DataPlaneLimits(**{"replica_wait_s": 0.05, **limits})
+
+    async def __aenter__(self) -> Bench:
+        catalog = SimpleNamespace(changes=Changes(), deployments={}, route=None)
+
+        def choose(endpoint_name: str, *_: Any, random: float) -> Route:
+            if endpoint_name != "sums":
+                raise NotFoundError("there is no such endpoint")
+            if not catalog.route.replicas:
+                raise NoReplicaError("away")
+            return catalog.route
+
+        catalog.routing = SimpleNamespace(choose=choose, check=lambda *_: None)
+        pool, recorder = Pool(), Recorder()
+        self._bench = Bench(DataPlane(catalog, pool, recorder, self._limits), pool, recorder, catalog)
+        self._bench.route_to(R0)
+        await self._bench.plane.start()
+        self._task = asyncio.create_task(self._bench.plane.run())
+        return self._bench
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await self._bench.plane.stop()
+
+
+async def test_requests_of_one_turn_leave_together_and_each_gets_its_own_rows(bench):
+    bench.ask((1, 1))
+    bench.ask((2, 2), (3, 3))
+    bench.ask((4, 4))
+    await turn()
+    (asked,) = bench.pool.asked
+    assert asked.rows == [1, 2, 3, 4]
+    asked.answer()
+    assert bench.answers() == {"1": "[2.0]", "2": "[4.0, 6.0]", "4": "[8.0]"}
+    assert bench.recorder.ends() == {"1": ["completed"], "2": ["completed"], "4": ["completed"]}
+
+
+async def test_what_comes_while_a_batch_is_under_way_leaves_when_it_returns(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.ask((2, 0))
+    bench.ask((3, 0))
+    await turn()
+    assert [asked.rows for asked in bench.pool.asked] == [[1]]
+    bench.pool.asked[0].answer()
+    assert [asked.rows for asked in bench.pool.asked] == [[1], [2, 3]]
+    assert ("sent", "idle", 1) in bench.recorder.notes
+    assert ("sent", "returned", 2) in bench.recorder.notes
+
+
+async def test_only_rows_of_one_shape_share_a_batch(bench):
+    for rows in ((1, 0), (2, 0, 0), (3, 0), (4, 0, 0)):
+        bench.ask(rows)
+    await turn()
+    bench.pool.asked[0].answer()
+    bench.pool.asked[1].answer()
+    assert [asked.rows for asked in bench.pool.asked] == [[1, 3], [2, 4]]
+    assert sorted(bench.answers()) == ["1", "2", "3", "4"]
+
+
+async def test_a_batch_is_full_at_its_limit_of_rows():
+    async with running(batch=BatchLimits(rows=3)) as bench:
+        for number in range(1, 6):
+            bench.ask((number, 0))
+        await turn()
+        bench.pool.asked[0].answer()
+        assert [asked.rows for asked in bench.pool.asked] == [[1, 2, 3], [4, 5]]
+
+
+async def test_replicas_share_the_work(bench):
+    bench.route_to(R0, R1)
+    bench.ask((1, 0))
+    await turn()
+    bench.ask((2, 0))
+    await turn()
+    assert {asked.replica for asked in bench.pool.asked} == {R0, R1}
+
+
+@pytest.mark.parametrize("error", [InvalidInputError("NaN"), ModelError("raised")])
+async def test_a_bad_request_fails_alone_and_its_neighbours_are_answered(bench, error):
+    for number in (1, 2, 3):
+        bench.ask((number, 0))
+    await turn()
+    bench.pool.asked[0].answer(error)
+    for index in range(1, 4):
+        asked = bench.pool.asked[index]
+        asked.answer(error if asked.rows == [2] else None)
+    assert bench.answers() == {"1": "[1.0]", "3": "[3.0]"}
+    assert bench.errors() == {"2": type(error)}
+    assert bench.recorder.ends() == {"1": ["completed"], "2": ["failed"], "3": ["completed"]}
+
+
+async def test_a_model_that_mixes_rows_is_asked_one_at_a_time_from_then_on(bench):
+    bench.ask((1, 0))
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[0].done(InferResponse({"y": np.zeros(1)}))
+    bench.pool.asked[1].answer()
+    bench.pool.asked[2].answer()
+    assert bench.answers() == {"1": "[1.0]", "2": "[2.0]"}
+    bench.ask((3, 0))
+    bench.ask((4, 0))
+    await turn()
+    assert bench.pool.asked[3].rows == [3]
+
+
+async def test_a_request_that_cannot_be_read_fails_without_asking_anybody(bench):
+    bench.ask((-1, 0))
+    await turn()
+    assert bench.errors() == {"-1": InvalidInputError}
+    assert bench.pool.asked == []
+    assert bench.recorder.notes == [("accepted", "-1"), ("failed", "-1")]
+
+
+async def test_an_unknown_endpoint_is_refused_and_not_accepted(bench):
+    with pytest.raises(NotFoundError):
+        bench.ask((1, 0), target="nowhere")
+    assert bench.recorder.notes == [("refused", "", "not_found")]
+
+
+async def test_a_full_queue_refuses_what_comes_next():
+    async with running(batch=BatchLimits(queued=2)) as bench:
+        bench.ask((1, 0))
+        await turn()
+        bench.ask((2, 0))
+        bench.ask((3, 0))
+        with pytest.raises(OverloadedError, match="2 requests wait"):
+            bench.ask((4, 0))
+        bench.pool.asked[0].answer()
+        bench.ask((5, 0))
+
+
+async def test_an_endpoint_whose_log_must_be_complete_refuses_while_it_cannot_be_written(bench):
+    bench.recorder.refuses = NotReadyError("the prediction log cannot be written")
+    with pytest.raises(NotReadyError, match="prediction log"):
+        bench.ask((1, 0))
+    assert bench.recorder.notes == [("refused", "sums", "not_ready")]
+
+
+async def test_a_request_expires_in_the_queue_and_is_not_asked(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.ask((2, 0), timeout_ms=5)
+    async with asyncio.timeout(5):
+        while "2" not in bench.results:
+            await asyncio.sleep(0.001)
+    bench.pool.asked[0].answer()
+    await turn()
+    assert bench.errors() == {"2": DeadlineExceededError}
+    assert len(bench.pool.asked) == 1
+    assert bench.recorder.ends() == {"1": ["completed"], "2": ["expired"]}
+
+
+async def test_a_request_expires_inside_the_model_and_its_late_answer_is_dropped(bench):
+    bench.ask((1, 0), timeout_ms=5)
+    bench.ask((2, 0))
+    async with asyncio.timeout(5):
+        while "1" not in bench.results:
+            await asyncio.sleep(0.001)
+    bench.pool.asked[0].answer()
+    assert bench.errors() == {"1": DeadlineExceededError}
+    assert bench.answers() == {"2": "[2.0]"}
+    assert bench.recorder.ends() == {"1": ["expired"], "2": ["completed"]}
+
+
+async def test_a_client_that_goes_away_frees_its_place():
+    async with running(batch=BatchLimits(queued=1)) as bench:
+        bench.ask((1, 0))
+        await turn()
+        gone = bench.ask((2, 0))
+        bench.plane.cancel(gone)
+        bench.plane.cancel(gone)
+        bench.ask((3, 0))
+        bench.pool.asked[0].answer()
+        assert bench.pool.asked[1].rows == [3]
+        assert bench.recorder.ends()["2"] == ["failed"]
+        assert "2" not in bench.results
+
+
+async def test_a_lost_replica_s_requests_are_asked_once_more_elsewhere(bench):
+    bench.route_to(R0, R1)
+    bench.ask((1, 0))
+    await turn()
+    (first,) = bench.pool.asked
+    first.answer(RunnerGoneError("gone"))
+    second = bench.pool.asked[1]
+    assert second.replica != first.replica
+    second.answer()
+    assert bench.answers() == {"1": "[1.0]"}
+
+
+async def test_a_request_that_loses_two_runners_fails(bench):
+    bench.route_to(R0, R1)
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    bench.pool.asked[1].answer(RunnerGoneError("gone"))
+    assert bench.errors() == {"1": NotReadyError}
+    assert len(bench.pool.asked) == 2
+
+
+async def test_the_only_replica_is_asked_again_once_it_answers_a_ping(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    await turn()
+    assert len(bench.pool.asked) == 1
+    bench.pool.pinged.set()
+    await turn()
+    bench.pool.asked[1].answer()
+    assert bench.answers() == {"1": "[1.0]"}
+
+
+async def test_a_request_waits_only_so_long_for_a_replica(bench):
+    bench.route_to()
+    bench.ask((1, 0))
+    async with asyncio.timeout(5):
+        while "1" not in bench.results:
+            await asyncio.sleep(0.001)
+    assert bench.errors() == {"1": NotReadyError}
+
+
+async def test_a_request_that_waits_is_answered_by_the_replica_that_comes(bench):
+    bench.route_to()
+    bench.ask((1, 0))
+    bench.route_to(R1)
+    await turn()
+    (asked,) = bench.pool.asked
+    asked.answer()
+    assert (asked.replica, bench.answers()) == (R1, {"1": "[1.0]"})
+
+
+async def test_retries_are_bounded_when_everything_dies():
+    async with running(retries_per_request=0.0, retries_at_least=0.1) as bench:
+        bench.route_to(R0, R1)
+        for number in range(1, 4):
+            bench.ask((number, 0))
+        await turn()
+        bench.pool.asked[0].answer(RunnerGoneError("gone"))
+        bench.pool.asked[1].answer()
+        assert len(bench.answers()) == 1
+        assert list(bench.errors().values()) == [NotReadyError, NotReadyError]
+
+
+async def test_every_request_ends_when_the_data_plane_stops(bench):
+    bench.ask((1, 0))
+    bench.ask((2, 0))
+    await turn()
+    await bench.plane.stop()
+    assert bench.recorder.ends() == {"1": ["failed"], "2": ["failed"]}
+    assert bench.plane.in_flight == 0
+
+
+async def test_a_cancelled_call_frees_its_place(bench):
+    ask = Ask(Target("sums"), Protocol.V1, lambda _: InferRequest({"x": np.ones((1, 2))}), lambda _: Outgoing(b"ok"))
+    call = asyncio.create_task(bench.plane.infer(ask, Caller("9")))
+    await turn()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert bench.recorder.ends() == {"9": ["failed"]}
