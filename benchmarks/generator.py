@@ -3,13 +3,14 @@
     python -m benchmarks.generator closed --connections 32 --seconds 5 --body FILE URL "name: value" …
     python -m benchmarks.generator open --rate 600 --seconds 5 --body FILE URL "name: value" …
 
-``closed`` keeps each connection busy with one request at a time, as ``wrk`` does, and stands in for it where it is not to be had. ``open`` sends
-at a constant rate whatever the server does; the time of a request counts from when it was due, not from when it could be sent, so
-a server that stalls is charged for all who would have come meanwhile (coordinated omission). Prints one line of JSON.
+``closed`` keeps each connection busy with one request at a time, as ``wrk`` does, and stands in for it where it is not to be had.
+``open`` sends at a constant rate whatever the server does; the time of a request counts from when it was due, not from when it could
+be sent, so a server that stalls is charged for all who would have come meanwhile (coordinated omission). Prints one line of JSON.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ _MOST_CONNECTIONS = 2_000
 
 _LEFT_S = 5.0
 """How long answers are waited for after the last request was due."""
+
+_FILLING = 0.3
+"""Share of an open loop in which queues may fill before goodput is counted."""
 
 _STATUS = len(b"HTTP/1.1 ")
 
@@ -91,17 +95,36 @@ class Target:
 
 
 class Tally:
-    """Answers by status, and the times of those with success, in seconds."""
+    """Answers by status, and the times of those with success, in seconds.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    begin_s, end_s
+        Answers with success between them, by the loop's clock, are the goodput: neither the filling of queues nor their draining.
+    """
+
+    def __init__(self, begin_s: float, end_s: float) -> None:
         self.statuses: dict[int, int] = {}
         self.times_s: list[float] = []
+        self._begin_s, self._end_s, self._good = begin_s, end_s, 0
+        self._answers = 0
+        self._awaited: tuple[int, asyncio.Event] | None = None
 
-    def add(self, status: int, took_s: float) -> None:
-        """Count an answer."""
+    def add(self, status: int, from_s: float, now_s: float) -> None:
+        """Count an answer to a request that was sent, or due, at ``from_s``."""
         self.statuses[status] = self.statuses.get(status, 0) + 1
         if status == 200:
-            self.times_s.append(took_s)
+            self.times_s.append(now_s - from_s)
+            self._good += self._begin_s <= now_s <= self._end_s
+        self._answers += 1
+        if self._awaited is not None and self._answers >= self._awaited[0]:
+            self._awaited[1].set()
+
+    async def reached(self, answers: int) -> None:
+        """Wait for so many answers."""
+        self._awaited = (answers, asyncio.Event())
+        if self._answers < answers:
+            await self._awaited[1].wait()
 
     def summary(self, duration_s: float, unanswered: int) -> dict[str, object]:
         """What ``wrk.lua`` prints, and the count of each status (0: the connection broke)."""
@@ -114,6 +137,7 @@ class Tally:
             "status_errors": requests - len(times) - broken,
             "socket_errors": broken,
             "timeouts": unanswered,
+            "goodput_per_s": self._good / (self._end_s - self._begin_s),
             **{f"{name}_us": 1e6 * percentile(times, percent) if times else 0.0 for name, percent in _PERCENTILES},
             "max_us": 1e6 * times[-1] if times else 0.0,
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
@@ -125,15 +149,15 @@ _PERCENTILES = (("p50", 50), ("p90", 90), ("p99", 99), ("p999", 99.9))
 
 async def closed_loop(target: Target, connections: int, seconds: float) -> dict[str, object]:
     """Load from so many connections, each with one request at a time."""
-    tally, loop = Tally(), asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     began = loop.time()
     end = began + seconds
+    tally = Tally(began, end)
 
     async def client() -> None:
         connection = await target.connect()
         while (sent := loop.time()) < end and connection.is_open:
-            status = await _asked(connection, target.request)
-            tally.add(status, loop.time() - sent)
+            tally.add(await _asked(connection, target.request), sent, loop.time())
 
     await asyncio.gather(*(client() for _ in range(connections)))
     return tally.summary(loop.time() - began, 0)
@@ -141,21 +165,22 @@ async def closed_loop(target: Target, connections: int, seconds: float) -> dict[
 
 async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[str, object]:
     """Load at a constant rate; what was not answered five seconds after the end counts as unanswered."""
-    tally, loop = Tally(), asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     free: deque[Connection] = deque()
     due: deque[float] = deque()
     opened = 0
     began = loop.time()
+    tally = Tally(began + _FILLING * seconds, began + seconds)
 
     def dispatch() -> None:
         while due and free:
             connection = free.pop()
             if connection.is_open:
-                _send(connection, due.popleft())
+                send(connection, due.popleft())
 
-    def _send(connection: Connection, due_s: float) -> None:
+    def send(connection: Connection, due_s: float) -> None:
         def answered(status: int) -> None:
-            tally.add(status, loop.time() - due_s)
+            tally.add(status, due_s, loop.time())
             if connection.is_open:
                 free.append(connection)
             dispatch()
@@ -169,7 +194,7 @@ async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[s
         except OSError:
             opened -= 1
             if due:
-                tally.add(0, loop.time() - due.popleft())
+                tally.add(0, due.popleft(), loop.time())
         dispatch()
 
     total = int(rate_per_s * seconds)
@@ -185,9 +210,8 @@ async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[s
             task = loop.create_task(open_another())
             opening.add(task)
             task.add_done_callback(opening.discard)
-    last = loop.time() + _LEFT_S
-    while sum(tally.statuses.values()) < total and loop.time() < last:
-        await asyncio.sleep(0.01)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(tally.reached(total), _LEFT_S)
     return tally.summary(seconds, total - sum(tally.statuses.values()))
 
 

@@ -55,6 +55,7 @@ def platform(home: Path, **variables: str) -> Iterator[tuple[Platform, float]]:
         **os.environ,
         "MILLRACE_HOME": str(home),
         "GATEWAY_HTTP_PORT": str(port),
+        "GATEWAY_GRPC_PORT": str(free_port()),
         "MILLRACE_KAFKA_PORT": str(free_port()),
         "MILLRACE_URL": f"http://127.0.0.1:{port}",
         **variables,

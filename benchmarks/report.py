@@ -108,9 +108,7 @@ def _ratio(results: Results, what: str, point: str, other: str, target: float) -
 
 def _p99(results: Results) -> Line:
     ours = results.load(OURS, "iris-32")
-    theirs = {
-        name: load for name in results.peers if name not in (OURS, CEILING) and (load := results.load(name, "iris-32")) is not None
-    }
+    theirs = {name: load for name in results.peers if name not in (OURS, CEILING) and (load := results.load(name, "iris-32")) is not None}
     what, target = "p99, iris 1×4, 32 connections", "lower than every peer's"
     if ours is None or not theirs:
         return Line(what, target, "–", None)
@@ -198,8 +196,11 @@ def _features(results: Results) -> Table:
 
 
 def _shares(results: Results) -> Table:
-    rows = [(each.point, each.part, f"{each.percent:.0f} %") for each in results.shares]
-    return Table("Where the two cores go: percent of one core", ("load", "part", "share"), rows)
+    points = list(dict.fromkeys(each.point for each in results.shares))
+    parts = list(dict.fromkeys(each.part for each in results.shares))
+    found = {(each.point, each.part): f"{each.percent:.0f} %" for each in results.shares}
+    rows = [(point, *(found.get((point, part), "–") for part in parts)) for point in points]
+    return Table("Millrace, where the cores go: percent of one core", ("load", *parts), rows)
 
 
 def _growth(results: Results) -> Table:

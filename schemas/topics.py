@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from schemas import dead_letter, environment, predictions, registry, serving, validation
+from schemas import dead_letter, environment, operations, predictions, registry, serving, validation
 from schemas.base import Payload
 
 DAY_MS = 86_400_000
@@ -114,6 +114,14 @@ PREDICTIONS = Topic(
     consumers=("anyone",),
     partitions=8,
 )
+OPERATIONS = Topic(
+    "millrace.operations",
+    "operation",
+    (operations.PredictionAccepted, operations.PredictionEnded, operations.WebhookEnded),
+    producers=("gateway",),
+    consumers=("gateway",),
+    partitions=4,
+)
 DLQ = Topic(
     "millrace.dlq",
     "original key",
@@ -124,7 +132,7 @@ DLQ = Topic(
 )
 
 STATE = (STATE_MODELS, STATE_VERSIONS, STATE_ENDPOINTS, STATE_DEPLOYMENTS)
-TOPICS = (COMMANDS, EVENTS, *STATE, PREDICTIONS, DLQ)
+TOPICS = (COMMANDS, EVENTS, *STATE, PREDICTIONS, OPERATIONS, DLQ)
 
 INFERENCE_PARTITIONS = 4
 

@@ -1,4 +1,4 @@
-"""gRPC load from ``ghz``, built once from its Go module into the cache: a closed loop over ``inference.GRPCInferenceService/ModelInfer``."""
+"""gRPC load from ``ghz``, built once from its Go module into the cache: a closed loop of ``ModelInfer`` calls."""
 
 import json
 import os

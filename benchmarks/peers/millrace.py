@@ -48,7 +48,9 @@ class Millrace(Peer):
     title = "Millrace"
     forms = frozenset(Form)
 
-    def __init__(self, collector: str, features: Features | None = None, deployed: Sequence[str] = ("iris", "cancer", "boosted", SPLIT)) -> None:
+    def __init__(
+        self, collector: str, features: Features | None = None, deployed: Sequence[str] = ("iris", "cancer", "boosted", SPLIT)
+    ) -> None:
         self._collector = collector
         self._features = features or Features()
         self._deployed = tuple(deployed)
@@ -132,7 +134,16 @@ class Millrace(Peer):
                 continue
             source = "cancer" if name == SPLIT else name
             if not self._knows(source):
-                run("models", "upload", str(place.models / f"{source}.joblib"), "--name", source, "--example", str(_example(place, source)), "--wait")
+                run(
+                    "models",
+                    "upload",
+                    str(place.models / f"{source}.joblib"),
+                    "--name",
+                    source,
+                    "--example",
+                    str(_example(place, source)),
+                    "--wait",
+                )
             run("endpoints", "create", name)
             run("endpoints", "deploy", name, "--model", f"{source}@1", "--wait")
             if name == SPLIT:

@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.peers import bodies
 from benchmarks.peers.environments import Environment, built
-from libs.local.processes import end, last_lines
+from libs.local.processes import child_setup, end, last_lines
 
 SERVERS = Path(__file__).with_name("servers")
 _START_TIMEOUT_S = 90.0
@@ -121,6 +121,7 @@ class Peer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=child_setup(),
             )
         try:
             self._wait(process, place, log)

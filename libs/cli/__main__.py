@@ -5,7 +5,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from libs.cli import dead_letters, endpoints, events, local, models, output, predict, traces
+from libs.cli import dead_letters, endpoints, events, local, models, output, predict, predictions, requests, traces
 from libs.cli.errors import CommandError
 from libs.errors import MillraceError
 from libs.local.errors import PartFailedError
@@ -29,6 +29,8 @@ app.command()(local.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(endpoints.app, name="endpoints")
 app.command()(predict.predict)
+app.add_typer(requests.app, name="requests")
+app.add_typer(predictions.app, name="predictions")
 app.add_typer(events.app, name="events")
 app.add_typer(dead_letters.app, name="dlq")
 app.command()(traces.trace)

@@ -183,6 +183,10 @@ class Client:
         """Set the whole traffic split of an endpoint."""
         return self._command("PUT", f"/api/v1/endpoints/{segment(endpoint)}/traffic", {"traffic": dict(traffic)})[1]
 
+    def set_prediction_log(self, endpoint: str, body: Json) -> Json:
+        """Set how an endpoint's requests are logged."""
+        return self._command("PUT", f"/api/v1/endpoints/{segment(endpoint)}/prediction-log", body)[1]
+
     # Predictions
 
     def predict(self, endpoint: str, request: bytes) -> Answer:
@@ -192,6 +196,13 @@ class Client:
             response = self._http.post(path, content=request, headers={"content-type": "application/json", **self._trace_headers()})
         _check(response)
         return Answer(response.text, response.headers.get("x-request-id"), response.headers.get("x-millrace-model-version"))
+
+    def metrics(self) -> str:
+        """What the gateway counts, in Prometheus's text format."""
+        with self._translated():
+            response = self._http.get("/metrics", headers={"accept": "text/plain"})
+        _check(response)
+        return response.text
 
     # Events, operations, dead letters
 

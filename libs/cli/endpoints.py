@@ -164,6 +164,36 @@ def traffic(
         output.say(f"traffic of {name}: " + ", ".join(f"{version} {percent} %" for version, percent in percents.items()))
 
 
+@app.command()
+def log(
+    name: EndpointName,
+    mode: Annotated[str | None, typer.Option("--mode", help="best_effort, required (refuse what cannot be logged) or off.")] = None,
+    sample: Annotated[
+        float | None, typer.Option("--sample", min=0, max=100, help="Percent of the requests whose inputs and outputs are kept.")
+    ] = None,
+    max_rows_per_s: Annotated[int | None, typer.Option("--max-rows-per-s", min=0, help="Most rows of inputs and outputs kept.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how an endpoint's requests are logged, or set it; what is not named stays as it is."""
+    wanted = {"mode": mode, "sample_percent": sample, "max_rows_per_s": max_rows_per_s}
+    changes = {key: value for key, value in wanted.items() if value is not None}
+    with open_session("endpoints log") as session:
+        endpoint = session.client.endpoint(name)
+        if changes:
+            endpoint = session.client.set_prediction_log(name, {**endpoint["prediction_log"], **changes})
+    if as_json:
+        output.show_json(endpoint["prediction_log"])
+        return
+    output.fields(
+        {
+            "endpoint": name,
+            "mode": endpoint["prediction_log"]["mode"],
+            "sample": f"{endpoint['prediction_log']['sample_percent']:g} %",
+            "rows per second": endpoint["prediction_log"]["max_rows_per_s"],
+        }
+    )
+
+
 def _deployment_id(endpoint: "Json", version: str) -> str:
     deployments = endpoint["deployments"]
     named = [

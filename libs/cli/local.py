@@ -106,6 +106,7 @@ def _show_status(found: "PlatformStatus") -> None:
             "pid": found.pid,
             "up": output.duration(found.uptime_s) if found.uptime_s is not None else "starting",
             "gateway": found.gateway,
+            "gRPC": found.grpc or None,
             "broker": f"{found.broker} at {found.bootstrap_servers}" if found.broker else None,
             "traces": found.jaeger or "not kept (no Jaeger)",
             "memory": output.size(found.memory_bytes),

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from libs.local.jaeger import OTLP_PORT, QUERY_PORT
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_BROKER = "127.0.0.1:9092"
 OTLP_URL = f"http://127.0.0.1:{OTLP_PORT}"
 
 
@@ -20,6 +21,11 @@ class CliSettings(BaseSettings):
     home: Path = Field(Path(".millrace"), description="Directory that holds the state of the platform on this machine.")
     url: str = Field("", description="Base URL of the gateway; empty: what the platform in `home` says, else http://127.0.0.1:8080.")
     api_key: SecretStr | None = Field(None, description="Bearer key sent to the gateway.")
+    kafka_bootstrap_servers: str = Field(
+        "",
+        validation_alias="KAFKA_BOOTSTRAP_SERVERS",
+        description="Brokers to read the prediction log from; empty: what the platform in `home` says, else 127.0.0.1:9092.",
+    )
     jaeger_url: str = Field("http://127.0.0.1:16686", description="Base URL of Jaeger's query API.")
     traceparent: str | None = Field(None, validation_alias="TRACEPARENT", description="W3C trace context that the command's span joins.")
 
@@ -27,6 +33,11 @@ class CliSettings(BaseSettings):
     def gateway_url(self) -> str:
         """Base URL of the gateway, without a slash at the end."""
         return (self.url or str(self._platform().get("gateway") or DEFAULT_URL)).rstrip("/")
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """Brokers of the platform."""
+        return self.kafka_bootstrap_servers or str(self._platform().get("bootstrap_servers") or DEFAULT_BROKER)
 
     @property
     def collector(self) -> str:

@@ -13,11 +13,13 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from libs.errors import PayloadTooLargeError
 from libs.inference import v1
@@ -28,15 +30,15 @@ from libs.inference.tensors import Array, array_from_json, check_shape, convert,
 from libs.runner.wire import NUMPY_DTYPES, Arrays
 from schemas.inference import Signature, TensorSpec
 
-MAX_CELLS = 2_000_000
-"""A cell of text costs some 60 bytes of memory until it is a number; larger tables belong in binary form."""
+MAX_CELLS = 1_000_000
+"""A cell costs up to 100 bytes of memory and a microsecond on the way to a number; larger tables belong in binary form."""
 
 NPY_MAGIC = b"\x93NUMPY"
 
 _MAX_NPY_HEADER_BYTES = 10_000
 _MAX_DIMENSIONS = 8
 _EXACT_FLOAT_INTEGER = 2**53
-_NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
+_NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,40}\s*")
 _BOOLEANS = {"true": 1, "false": 0, "1": 1, "0": 0}
 
@@ -123,6 +125,9 @@ def parse_csv(body: bytes | bytearray | memoryview, signature: Signature, header
     content = bytes(body)
     if content.count(b",") + content.count(b"\n") + content.count(b"\r") > MAX_CELLS:
         raise PayloadTooLargeError(f"a CSV body may have at most {MAX_CELLS} cells; send larger tables in binary form")
+    quick = _parse_numbers(content, signature, header)
+    if quick is not None:
+        return quick
     try:
         text = content.decode("utf-8-sig")
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
@@ -132,6 +137,40 @@ def parse_csv(body: bytes | bytearray | memoryview, signature: Signature, header
     if rows and (_is_header(rows[0], signature) if header is None else header):
         names = [name.strip() for name in rows.pop(0)]
     return InferRequest(_arrays(_table(names, rows), signature, _TextCells(plain=text.isascii() and "_" not in text)))
+
+
+def _parse_numbers(content: bytes, signature: Signature, header: bool | None) -> InferRequest | None:
+    """Read a CSV body of plain numbers by way of JSON, which is some six times as fast.
+
+    None: it is something else, or does not fit the signature; what exactly, the slower way can tell.
+    """
+    if b'"' in content or any(spec.datatype == "BYTES" for spec in signature.inputs):
+        return None
+    text = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").strip(b"\n")
+    first, _, rest = text.partition(b"\n")
+    try:
+        cells = [cell.strip() for cell in first.decode().split(",")]
+        is_header = _is_header(cells, signature) if header is None else header
+        rows = _rows_of_numbers(rest if is_header else text, all(spec.datatype.startswith("FP") for spec in signature.inputs))
+        return None if rows is None else InferRequest(_arrays(_table(cells if is_header else None, rows), signature, _JsonCells()))
+    except (UnicodeDecodeError, InvalidInputError):
+        return None
+
+
+def _rows_of_numbers(text: bytes, may_be_floats: bool) -> list[list[Any]] | None:
+    """Lines of numbers that JSON knows as such, with None for those that are missing; None if there is anything else."""
+    if text.translate(None, b"0123456789.eE+-,\n " if may_be_floats else b"0123456789-,\n "):
+        return None
+    while b"\n\n" in text:
+        text = text.replace(b"\n\n", b"\n")
+    if b",," in text or b",\n" in text or b"\n," in text or text[:1] == b"," or text[-1:] == b",":
+        text = b"\n%b\n" % text.strip(b"\n")
+        text = text.replace(b",,", b",null,").replace(b",,", b",null,").replace(b"\n,", b"\nnull,").replace(b",\n", b",null\n")
+    try:
+        rows: list[list[Any]] = orjson.loads(b"[[%b]]" % text.strip(b"\n").replace(b"\n", b"],["))
+    except orjson.JSONDecodeError:
+        return None
+    return rows
 
 
 def parse_npy(body: bytes | bytearray | memoryview, signature: Signature) -> InferRequest:
@@ -248,8 +287,12 @@ def _table(names: list[str] | None, rows: list[list[Any]]) -> _Table:
     if width == 0:
         raise InvalidInputError("the table has no columns")
     if names is not None and len(set(names)) < width:
-        raise InvalidInputError(f"the column '{printable(next(name for name in names if names.count(name) > 1), 80)}' is there twice")
+        raise InvalidInputError(f"the column '{printable(_repeated(names), 80)}' is there twice")
     return _Table(names, rows)
+
+
+def _repeated(names: list[str]) -> str:
+    return next(name for name, count in Counter(names).items() if count > 1)
 
 
 def _split(value: Any) -> _Table:
@@ -382,11 +425,24 @@ class _TextCells:
         target = NUMPY_DTYPES[spec.datatype]
         if target.kind != "f" or not self._plain:
             return None
-        try:
-            array = np.array(cells, dtype=np.float64)
-        except ValueError:
-            return None
-        return convert(array, target, spec.datatype, f"input '{spec.name}'")
+        for attempt in (_as_is, _filled):
+            try:
+                array = np.array(attempt(cells), dtype=np.float64)
+            except ValueError:
+                continue
+            return convert(array, target, spec.datatype, f"input '{spec.name}'")
+        return None
+
+
+def _as_is(cells: Sequence[Any]) -> Sequence[Any]:
+    return cells
+
+
+def _filled(cells: Sequence[Any]) -> Sequence[Any]:
+    """The cells of a column or of rows, with ``nan`` where they are empty."""
+    if cells and isinstance(cells[0], list):
+        return [_filled(row) for row in cells]
+    return [cell if cell.strip() else "nan" for cell in cells]
 
 
 def _float(cell: str) -> float | None:

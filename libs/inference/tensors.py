@@ -249,11 +249,17 @@ def show_shape(shape: Sequence[Any]) -> str:
 
 
 def nested_shape(values: Any, depth: int = MAX_DIMENSIONS) -> tuple[int, ...] | None:
-    """Return the shape of nested lists, or ``None`` when they are not rectangular, or nested deeper than ``depth``."""
+    """Return the shape of nested lists, or ``None`` when they are not rectangular.
+
+    Raises
+    ------
+    InvalidInputError
+        They are nested deeper than ``depth``.
+    """
     if not isinstance(values, list):
         return ()
     if depth == 0:
-        return None
+        raise InvalidInputError(f"lists are nested deeper than {MAX_DIMENSIONS}")
     shapes = {nested_shape(value, depth - 1) for value in values}
     if len(shapes) > 1 or None in shapes:
         return None

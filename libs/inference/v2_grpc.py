@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from libs.inference.bodies import requested_outputs
 from libs.inference.errors import InvalidInputError, printable
-from libs.inference.oip_proto.open_inference_pb2 import InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse
+from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import MAX_DIMENSIONS, Array, check_shape, convert, show_shape
 from libs.runner.wire import NUMPY_DTYPES, Arrays, WireError, datatype_of, decode_tensor, encode_tensor
@@ -214,14 +214,14 @@ def _write(arrays: Arrays, wants_raw: bool, tensors: Any, raw: MutableSequence[b
         if is_raw:
             raw.append(bytes(encode_tensor(name, array)[1]))
         else:
-            tensor.contents.CopyFrom(_typed(array, datatype))
+            getattr(tensor.contents, _FIELDS[datatype]).extend(_values(array, datatype))
 
 
-def _typed(array: Array, datatype: str) -> InferTensorContents:
-    if datatype == "BYTES":
-        elements = [element if isinstance(element, bytes) else str(element).encode("utf-8", "surrogateescape") for element in array.flat]
-        return InferTensorContents(bytes_contents=elements)
-    return InferTensorContents(**{_FIELDS[datatype]: array.reshape(-1).tolist()})
+def _values(array: Array, datatype: str) -> list[Any]:
+    if datatype != "BYTES":
+        values: list[Any] = array.reshape(-1).tolist()
+        return values
+    return [element if isinstance(element, bytes) else str(element).encode("utf-8", "surrogateescape") for element in array.flat]
 
 
 def _read_parameters(parameters: Mapping[str, InferParameter]) -> dict[str, Any]:

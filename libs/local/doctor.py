@@ -120,6 +120,8 @@ def _ports(settings: LocalSettings, home: Home) -> Iterator[Finding]:
         yield Finding(Level.OK, "ports", f"in use by the platform of this home (pid {pid})")
         return
     wanted = {settings.http_port: ("gateway", "set GATEWAY_HTTP_PORT")}
+    if settings.grpc_enabled:
+        wanted[settings.grpc_port] = ("gateway, gRPC", "set GATEWAY_GRPC_PORT")
     if not settings.bootstrap_servers:
         wanted[settings.kafka_port] = ("broker", "set MILLRACE_KAFKA_PORT")
     for port, (name, way_out) in wanted.items():

@@ -85,6 +85,7 @@ class PlatformStatus:
     uptime_s: float | None = None
     is_ready: bool = False
     gateway: str = ""
+    grpc: str = ""
     bootstrap_servers: str = ""
     broker: str = ""
     jaeger: str = ""
@@ -200,6 +201,7 @@ def status(settings: LocalSettings) -> PlatformStatus:
         uptime_s=now - state["started_at"],
         is_ready=all(row.state == State.READY for row in rows),
         gateway=state["gateway"],
+        grpc=state.get("grpc", ""),
         bootstrap_servers=state["bootstrap_servers"],
         broker=state["broker"],
         jaeger=state["jaeger"],
@@ -355,10 +357,14 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
         environment,
         after=(*after, "ray") if uses_ray and not settings.ray_address else after,
         announces=True,
-        ports=(settings.http_port,) if name == "gateway" else (),
+        ports=_gateway_ports(settings) if name == "gateway" else (),
         is_ready=(lambda: _is_healthy(settings)) if name == "gateway" else None,
         stop_timeout_s=15,
     )
+
+
+def _gateway_ports(settings: LocalSettings) -> tuple[int, ...]:
+    return (settings.http_port, settings.grpc_port) if settings.grpc_enabled else (settings.http_port,)
 
 
 def _is_healthy(settings: LocalSettings) -> bool:
@@ -380,6 +386,7 @@ def _environment(settings: LocalSettings, home: Home, broker: Broker, tracing: j
         "ENVIRONMENTS_DIR": str(home.root / "environments"),
         "RUNNER_KEY_FILE": str(home.runner_key),
         "GATEWAY_HTTP_PORT": str(settings.http_port),
+        "GATEWAY_GRPC_PORT": str(settings.grpc_port),
     }
     if tracing is not None:
         ours["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{processes.LOOPBACK}:{jaeger.OTLP_PORT}"
@@ -408,6 +415,7 @@ async def _supervise(
                 "pid": os.getpid(),
                 "started_at": began,
                 "gateway": f"http://{settings.http_host}:{settings.http_port}",
+                "grpc": f"{settings.http_host}:{settings.grpc_port}" if settings.grpc_enabled else "",
                 "bootstrap_servers": broker.bootstrap_servers,
                 "broker": broker.kind.value,
                 "jaeger": f"http://{processes.LOOPBACK}:{jaeger.QUERY_PORT}" if tracing else settings.otlp_endpoint,

@@ -49,6 +49,12 @@ class LocalSettings(BaseSettings):
     http_port: int = Field(
         8080, ge=1, le=65535, validation_alias=AliasChoices("GATEWAY_HTTP_PORT"), description="Port of the gateway's HTTP door."
     )
+    grpc_port: int = Field(
+        8081, ge=1, le=65535, validation_alias=AliasChoices("GATEWAY_GRPC_PORT"), description="Port of the gateway's gRPC door."
+    )
+    grpc_enabled: bool = Field(
+        True, validation_alias=AliasChoices("GATEWAY_GRPC_ENABLED"), description="Whether the gateway has a gRPC door."
+    )
     http_host: str = Field(
         "127.0.0.1", validation_alias=AliasChoices("GATEWAY_HOST", "GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door."
     )

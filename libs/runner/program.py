@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cage
 from .errors import LoadError, describe_exception
@@ -83,6 +83,14 @@ def _say(ready: Any, message: dict[str, Any]) -> None:
         ready.write(json.dumps(message) + "\n")
 
 
+def _leave() -> NoReturn:
+    """Leave at once: exit handlers are the model's code."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
+
+
 def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.CageReport) -> int:
     # NumPy and the model's libraries are imported inside the cage.
     from .formats import open_model
@@ -103,6 +111,7 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
     listener = socket.socket(fileno=options.fd)
     server = Server(model, signature, token, listener, options.predict_timeout_s)
     server.start()
+    server.obey_signals()
     _say(
         ready,
         {
@@ -114,7 +123,12 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
             "warnings": _warning_texts(caught),
         },
     )
-    return server.run()
+    try:
+        server.run()
+    except BaseException:  # noqa: BLE001 (a runner that cannot read is of no use: die, so that the supervisor sees it)
+        traceback.print_exc()
+        os._exit(70)
+    _leave()
 
 
 def _describe(model: Model, limit_s: float, ready: Any, report: cage.CageReport) -> dict[str, Any]:

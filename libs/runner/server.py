@@ -7,8 +7,9 @@ requests in, and drops those that are cancelled. It also ends the process when t
 
 **Who reads.** Whoever holds ``_reading``. The main thread holds it while it waits for requests; the stand-in takes it
 only while the main thread is busy, and gives it back when that is over: at once if the main thread has nothing else
-to do (it then sets ``_wanted`` and writes to the wake pipe, in this order, and the stand-in looks at ``_wanted`` before
-each wait), else with the next frame. Writing is anybody's, under the connection's lock.
+to do, else with the next frame. No wake-up is lost: the main thread first says that it is not busy and then writes
+to the wake pipe, and the stand-in looks whether it is busy before each wait. Writing is anybody's, under the
+connection's lock.
 
 Requests may be pipelined; a connection with too many unanswered ones is not read from until some are.
 """
@@ -180,8 +181,8 @@ class Server:
         self._remembered = lru_cache(maxsize=REMEMBERED_HEADS)(self._understand)
         self._ending = False
         self._stopping = False
+        self._finished = False
         self._reading = threading.Lock()
-        self._wanted = False
         self._looked_s = 0.0
         self._current: Request | None = None
         self._sequence = 0
@@ -191,27 +192,40 @@ class Server:
         self._guard_due_s = 0.0
 
     def start(self) -> None:
-        """Accept connections from now on; call from the main thread."""
+        """Take note of connections from now on."""
         self._listener.setblocking(False)
         os.set_blocking(self._wake_receiver, False)
         os.set_blocking(self._wake_sender, False)
-        # Whichever thread the kernel hands a signal to, the one that waits in select() must look.
-        signal.set_wakeup_fd(self._wake_sender, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda *_: self._end())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._drain)
         threading.Thread(target=self._stand_by, name="stand-in", daemon=True).start()
 
-    def run(self) -> int:
-        """Predict until told to stop, then finish what was asked before; the value is the exit status."""
-        while True:
-            request = self._next()
-            if request is None:
-                break
+    def obey_signals(self) -> None:
+        """End on SIGTERM; call from the main thread."""
+        # Whichever thread the kernel hands a signal to, the one that waits in select() must look.
+        signal.set_wakeup_fd(self._wake_sender, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end(self) -> None:
+        """Have ``run`` finish what was asked and return; from any thread or signal handler."""
+        self._ending = True
+        self._wake()
+
+    def run(self) -> None:
+        """Predict until told to end, then finish what was asked before and write out the answers."""
+        while (request := self._next()) is not None:
             self._work(request)
         self._finish()
-        return 0
+
+    def close(self) -> None:
+        """Free what a server that has run holds; a process that ends then need not."""
+        faulthandler.cancel_dump_traceback_later()
+        for connection in list(self._connections):
+            self._drop(connection)
+        self._selector.close()
+        os.close(self._wake_receiver)
+        os.close(self._wake_sender)
 
     # The main thread --------------------------------------------------------------------------------------------
 
@@ -234,10 +248,8 @@ class Server:
         if not self._reading.acquire(blocking=False):
             if self._requests:
                 return
-            self._wanted = True
             self._wake()
             self._reading.acquire()
-            self._wanted = False
         try:
             self._poll(0 if self._requests or self._ending else None)
             while not self._requests and not self._ending:
@@ -263,25 +275,18 @@ class Server:
             self._notify(connection)
 
     def _finish(self) -> None:
-        """Write out the answers and leave at once: exit handlers are the model's code."""
         deadline = time.monotonic() + _FLUSH_S
-        while time.monotonic() < deadline and any(connection.flush() for connection in list(self._connections)):
+        while time.monotonic() < deadline and sum(connection.flush() for connection in list(self._connections)):
             time.sleep(0.005)
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(0)
-
-    def _end(self) -> None:
-        self._ending = True
-        self._wake()
+        self._finished = True
+        self._rouse.set()
 
     # The stand-in -----------------------------------------------------------------------------------------------
 
     def _stand_by(self) -> None:
         try:
             seen, idle_looks = -1, 0
-            while True:
+            while not self._finished:
                 idle_looks = idle_looks + 1 if seen == self._sequence else 0
                 seen = self._sequence
                 self._guard()
@@ -301,7 +306,7 @@ class Server:
         """Wait until the main thread begins on a request; at a few looks a second an idle runner would keep a machine awake."""
         self._rouse.clear()
         self._resting = True
-        if self._sequence == seen and self._busy_since is None:
+        if self._sequence == seen and self._busy_since is None and not self._finished:
             self._rouse.wait(None if self._predict_timeout_s is None else self._predict_timeout_s * _GUARD_EVERY)
         self._resting = False
 
@@ -310,7 +315,7 @@ class Server:
         if not self._reading.acquire(blocking=False):
             return
         try:
-            while self._is_busy_with(sequence) and not self._wanted:
+            while self._is_busy_with(sequence):
                 self._guard()
                 self._poll(self._left_s())
                 self._end_if_hung(sequence)
@@ -467,7 +472,7 @@ class Server:
             self._answer(connection, encode_frame({"id": request_id, "ok": True}, encode_json(self._metadata())))
         elif operation == "stop":
             self._answer(connection, encode_frame({"id": request_id, "ok": True}))
-            self._end()
+            self.end()
         else:
             self._answer(connection, _failure(request_id, "protocol", f"the runner has no operation {operation!r}"))
 

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from libs.errors import ConfigurationError, UnauthenticatedError
@@ -130,6 +131,7 @@ def access_control(settings: Settings) -> AccessControl:
     return AccessControl(digests)
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``.
 

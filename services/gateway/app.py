@@ -11,11 +11,17 @@ from libs.lifecycle import Component
 from libs.messaging import cloudevents
 from libs.messaging.broker import Broker
 from libs.messaging.cloudevents import Clock
+from libs.messaging.consumer import ConsumerRunner
 from libs.messaging.follower import Follower
 from libs.messaging.kafka import KafkaBroker
-from schemas.topics import COMMANDS, DLQ, EVENTS, STATE
+from libs.messaging.processing import Processor
+from libs.metrics import PROCESS, Metrics
+from libs.metrics.exposition import Exposition
+from schemas.operations import PredictionAccepted, PredictionEnded
+from schemas.topics import COMMANDS, DLQ, EVENTS, OPERATIONS, STATE
 from services.gateway.access import access_control
 from services.gateway.api import create_api
+from services.gateway.asynchronous import AsyncLimits, AsyncPredictions, Operations
 from services.gateway.batching import BatchLimits
 from services.gateway.catalog import Catalog
 from services.gateway.commands import Commander
@@ -25,11 +31,14 @@ from services.gateway.front import Front
 from services.gateway.handlers import Management
 from services.gateway.health import Health
 from services.gateway.journal import MAX_DEAD_LETTERS, MAX_EVENTS, Journal
+from services.gateway.metrics import MetricsDoor, SharedMetrics
 from services.gateway.predictions import Handler, Read
-from services.gateway.recorder_stub import NoRecorder
+from services.gateway.recorder import ledger_directory, recorder_from_settings
+from services.gateway.rpc.server import GrpcServer, methods
 from services.gateway.server import HttpServer
 from services.gateway.settings import Settings
 from services.gateway.tracing import tracing
+from services.gateway.webhooks import WebhookLimits, Webhooks
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Gateway:
     front: Front
     dataplane: DataPlane
     server: HttpServer
+    grpc: GrpcServer | None
 
 
 def build(
@@ -64,31 +74,65 @@ def build(
     catalog, journal, health = Catalog(), Journal(), Health()
     commander = Commander(broker, catalog, journal, clock, settings.broker_timeout_s)
     pool = RunnerPool(settings.runner.key_file, spans or runner_spans(settings.telemetry))
-    recorder = NoRecorder()
+    metrics = Metrics()
+    recorder = recorder_from_settings(settings, catalog, broker, metrics, clock)
+    shared = SharedMetrics(ledger_directory(settings.process.home), recorder.instance, metrics)
     dataplane = DataPlane(catalog, pool, recorder, data_plane_limits(settings))
+    recorder.watch_lanes(lambda: dataplane.lanes)
     management = Management(catalog, journal, commander, store, health, settings.command_wait_s, settings.artifacts.max_bytes)
+    handlers = _handlers(catalog, health)
+    reads = _reads(settings, catalog)
+    operations = Operations(clock)
+    hosts = [host.strip() for host in settings.webhook_hosts.split(",") if host.strip()]
+    webhook_limits = WebhookLimits(settings.webhook_attempts, settings.webhook_first_pause_s)
+    webhooks = Webhooks(hosts, settings.webhook_secret.get_secret_value().encode(), webhook_limits)
+    limits = AsyncLimits(default_expiry_s=settings.async_expiry_s, max_bytes=settings.predict_max_bytes)
+    asynchronous = AsyncPredictions(operations, commander, store, dataplane, reads, webhooks, clock, limits)
     front = Front(
         access,
-        _reads(settings, catalog),
-        _handlers(catalog, health),
+        reads,
+        {**handlers, **asynchronous.handlers(), **MetricsDoor(Exposition(metrics.samples, PROCESS.samples, shared.others)).handlers()},
         create_api(management),
         dataplane,
+        asynchronous,
         tracing(settings.telemetry),
         predict_max_bytes=settings.predict_max_bytes,
         management_max_bytes=settings.management_max_bytes,
     )
-    server = HttpServer(
-        front, health, settings.host, settings.http_port, settings.http, settings.drain_timeout_s, reuse_port=reuse_port
-    )
-    components = (
+    server = HttpServer(front, health, settings.host, settings.http_port, settings.http, settings.drain_timeout_s, reuse_port=reuse_port)
+    grpc = None
+    if settings.grpc.enabled:
+        grpc = GrpcServer(
+            access,
+            methods(dataplane, handlers, health),
+            settings.grpc,
+            settings.host,
+            tracing(settings.telemetry),
+            message_bytes=settings.predict_max_bytes,
+            drain_timeout_s=settings.drain_timeout_s,
+            reuse_port=reuse_port,
+        )
+    components: tuple[Component, ...] = (
+        recorder,
+        *([shared] if settings.workers > 1 else []),
         dataplane,
         commander,
         StateFollower(broker, catalog, health),
         Follower(broker, [COMMANDS.name, EVENTS.name], journal.apply, MAX_EVENTS),
         Follower(broker, [DLQ.name], journal.apply_dead_letter, MAX_DEAD_LETTERS),
+        Follower(broker, [OPERATIONS.name], operations.apply),
+        webhooks,
+        ConsumerRunner(
+            broker,
+            [OPERATIONS.name],
+            "millrace-gateway-operations",
+            Processor("gateway", {PredictionAccepted: asynchronous.carry_out, PredictionEnded: asynchronous.notify}, clock=clock),
+            concurrency=settings.async_concurrency,
+        ),
+        *([grpc] if grpc is not None else []),
         server,
     )
-    return Gateway(components, front, dataplane, server)
+    return Gateway(components, front, dataplane, server, grpc)
 
 
 def data_plane_limits(settings: Settings) -> DataPlaneLimits:

@@ -173,6 +173,15 @@ class DataPlane:
             self._place(pending, route)
         return pending
 
+    def check(self, ask: Ask) -> None:
+        """Raise what a request would be refused or fail with whenever it were asked: nobody to ask, or nothing that can be read."""
+        target = ask.target
+        try:
+            route = self._catalog.routing.choose(target.endpoint_name, target.version, target.alias, random=self._choose())
+        except NotReadyError:
+            return
+        ask.parse(route.signature)
+
     def cancel(self, pending: Pending) -> None:
         """The client went away: free the place of its request. Nobody is told."""
         if not pending.is_over:

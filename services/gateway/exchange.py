@@ -21,13 +21,14 @@ TOLD = "millrace.error"
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """A request: the parameters of its path, its headers (lower-case names), its body,
-    the query as it stands in the request line, and the id that the answer carries."""
+    the query as it stands in the request line, the id that the answer carries, and who asks."""
 
     parameters: Mapping[str, str]
     headers: Headers
     body: bytes | bytearray = b""
     query: bytes = b""
     request_id: str = ""
+    principal: str = "local"
 
     def header(self, name: bytes) -> str | None:
         """A header as text."""

@@ -5,7 +5,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -20,18 +21,17 @@ from libs.errors import MillraceError
 from libs.inference.routing import Route
 from services.gateway import routes, tracing
 from services.gateway.access import AccessControl, Principal
+from services.gateway.asynchronous import AsyncPredictions, prefers_async
 from services.gateway.dataplane import DataPlane
 from services.gateway.error_bodies import error_answer
 from services.gateway.errors import InternalError
 from services.gateway.exchange import TOLD, Incoming, Outgoing, read_body
 from services.gateway.http import AsgiApp, Exchange
-from services.gateway.predictions import Caller, Read
+from services.gateway.predictions import Caller, Handler, Read
 from services.gateway.routes import Door, Found, HttpRoute
 from services.gateway.tracing import Tracing, traceparent_of
 
 log = logging.getLogger(__name__)
-
-Handler = Callable[[Incoming], Awaitable[Outgoing]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -44,7 +44,9 @@ class Admission:
     principal: Principal
     error: MillraceError | None
     read: Read | None
+    handler: Handler | None
     request_id: str | None
+    prefers_async: bool
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Front:
         handlers: Mapping[tuple[str, str], Handler],
         api: ASGIApp,
         dataplane: DataPlane,
+        asynchronous: AsyncPredictions,
         spans: Tracing,
         *,
         predict_max_bytes: int,
@@ -87,6 +90,7 @@ class Front:
         self._handlers = handlers
         self._api = api
         self._dataplane = dataplane
+        self._asynchronous = asynchronous
         self._spans = spans
         self._predict_max_bytes = predict_max_bytes
         self._management_max_bytes = management_max_bytes
@@ -114,12 +118,18 @@ class Front:
         """Answer a plain request, now or later."""
         visit: Visit = exchange.context
         admission, span = visit.admission, visit.span
-        incoming = Incoming(admission.found.parameters, exchange.headers, exchange.body, exchange.query, visit.request_id)
-        if admission.read is None:
-            self._later(self._run_handler(exchange, visit, incoming))
+        incoming = Incoming(
+            admission.found.parameters, exchange.headers, exchange.body, exchange.query, visit.request_id, admission.principal.name
+        )
+        if admission.handler is not None:
+            self._later(self._run_handler(exchange, visit, admission.handler, incoming))
             return
+        assert admission.read is not None  # noqa: S101 - a plain route is one or the other
         try:
             ask = admission.read(incoming)
+            if admission.prefers_async:
+                self._later(self._run_handler(exchange, visit, partial(self._asynchronous.accept, ask, exchange.raw_path), incoming))
+                return
             caller = Caller(visit.request_id, admission.principal.name, None if span is None else traceparent_of(span))
             pending = self._dataplane.submit(ask, caller, partial(self._answer, exchange))
         except MillraceError as error:
@@ -142,8 +152,9 @@ class Front:
             principal = self._access.admit(found.route, exchange.headers)
         except MillraceError as refusal:
             error = refusal
-        read = self._reads.get((found.route.method, found.route.template)) if found.route else None
-        return Admission(found, principal, error, read, request_id)
+        key = (found.route.method, found.route.template) if found.route else ("", "")
+        prefers = prefers_async(exchange.headers)
+        return Admission(found, principal, error, self._reads.get(key), self._handlers.get(key), request_id, prefers)
 
     def _refuse(self, exchange: Exchange, status: int, sentence: str) -> None:
         """Answer for the server, whose reasons lie in the body, in the form that the path's clients know."""
@@ -181,12 +192,10 @@ class Front:
             visit.span = None
         _log_request(exchange, visit, status, error)
 
-    async def _run_handler(self, exchange: Exchange, visit: Visit, incoming: Incoming) -> None:
-        route = visit.admission.found.route
-        assert route is not None  # noqa: S101 - ``admit`` has answered what leads nowhere
+    async def _run_handler(self, exchange: Exchange, visit: Visit, handler: Handler, incoming: Incoming) -> None:
         with telemetry.log_context(request_id=visit.request_id), _current(visit.span):
             try:
-                self._send(exchange, await self._handlers[route.method, route.template](incoming))
+                self._send(exchange, await handler(incoming))
             except MillraceError as error:
                 self._fail(exchange, error)
             except Exception:
@@ -246,7 +255,7 @@ class _Answered:
         await self._send(message)
 
 
-def _current(span: Span | None) -> "trace._AgnosticContextManager[Span]":
+def _current(span: Span | None) -> AbstractContextManager[Span]:
     return trace.use_span(span if span is not None else trace.INVALID_SPAN)
 
 

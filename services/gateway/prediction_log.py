@@ -7,7 +7,7 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +64,7 @@ _STOP_S = 5.0
 Rows = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
+class Captured(NamedTuple):
     """Inputs and outputs of some requests as they were batched."""
 
     sequences: Sequence[int]
@@ -192,19 +191,27 @@ class DeploymentLog:
     def capture(self, sequences: list[int], rows: list[int], request_ids: list[str], batch: BatchLike, allowance: Budget) -> str | None:
         """Keep inputs and outputs of the requests that are sampled; the reason when they were left out."""
         outputs = batch.outputs or {}
-        aligned = all(array.ndim and len(array) == batch.rows for arrays in (batch.inputs, outputs) for array in arrays.values())
-        taken = Captured(sequences, rows, batch.inputs, outputs, _size_of(batch.inputs) + _size_of(outputs), aligned)
+        count, size_bytes, aligned = batch.rows, 0, True
+        for array in (*batch.inputs.values(), *outputs.values()):
+            size_bytes += array.nbytes if array.dtype.kind != "O" else _element_bytes(array)
+            aligned = aligned and array.ndim > 0 and len(array) == count
+        taken = Captured(sequences, rows, batch.inputs, outputs, size_bytes, aligned)
         if self.settings.sample_percent < 100:
             taken = _picked(taken, [is_sampled(request_id, self.settings.sample_percent) for request_id in request_ids])
-        if not taken.sequences:
-            return None
-        if not self._budget.take(sum(taken.rows)) or not allowance.take(taken.size_bytes):
+            if not taken.sequences:
+                return None
+            count = sum(taken.rows)
+        if not self._budget.take(count) or not allowance.take(taken.size_bytes):
             return "rate"
-        parts = (
-            [taken]
-            if taken.size_bytes <= MAX_BLOCK_BYTES or not aligned
-            else [_part(taken, place) for place in range(len(taken.sequences))]
-        )
+        if taken.size_bytes <= MAX_BLOCK_BYTES:
+            self._captured.append(taken)
+            self._captured_bytes += taken.size_bytes
+            return None
+        return self._split(taken)
+
+    def _split(self, taken: Captured) -> str | None:
+        """Keep a large capture request by request."""
+        parts = [_part(taken, place) for place in range(len(taken.sequences))] if taken.is_joinable else [taken]
         fitting = [part for part in parts if part.size_bytes <= MAX_BLOCK_BYTES]
         self._captured += fitting
         self._captured_bytes += sum(part.size_bytes for part in fitting)
@@ -346,7 +353,7 @@ def _block(captured: Captured) -> tuple[Block, int]:
 
 def _key(captured: Captured) -> Hashable:
     tensors = (captured.inputs, captured.outputs)
-    return (len(captured.inputs), *((name, array.dtype.str, array.shape[1:]) for arrays in tensors for name, array in arrays.items()))
+    return (len(captured.inputs), *[(name, array.dtype, array.shape[1:]) for arrays in tensors for name, array in arrays.items()])
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ from services.gateway.prediction_log import FOLD_ROWS, ROW, Budget, DeploymentLo
 from services.gateway.predictions import Outcome, Protocol
 from services.gateway.recovery import Recovery
 from services.gateway.request_metrics import PROTOCOLS, RequestMetrics, error_kind
+from services.gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -207,17 +208,14 @@ class Recorder:
         instruments = self._log_of(batch).instruments
         instruments.batch(batch.reason).value += 1
         instruments.batches_in_flight.value += 1
-        instruments.batch_rows.observe(batch.rows)
 
     def batch_ended(self, batch: Batch, error: MillraceError | None) -> None:
         """A batch was answered, or came to nothing; its inputs and outputs are captured unless its requests will be asked again."""
         kept = self._log_of(batch)
         instruments = kept.instruments
         instruments.batches_in_flight.value -= 1
-        instruments.batch_s.observe(batch.answered_s - batch.sent_s)
-        if error is None:
-            instruments.model_s.observe(batch.model_s)
-        else:
+        instruments.answered.append((batch.rows, batch.answered_s - batch.sent_s, batch.model_s))
+        if error is not None:
             instruments.batch_error(error)
             if error.retryable or len(batch.members) > 1:
                 return
@@ -262,6 +260,7 @@ class Recorder:
         for kept in self._all_logs():
             if kept.count:
                 self._fold(kept)
+            kept.instruments.count_batches()
             self._cut(kept)
 
     async def _tick_for_ever(self) -> None:
@@ -466,6 +465,7 @@ class Recorder:
         for kept in self._all_logs():
             if kept.count:
                 self._fold(kept)
+            kept.instruments.count_batches()
 
     def _in_flight(self) -> Iterable[tuple[tuple[str, ...], float]]:
         accepted: Tally[str] = Tally()
@@ -478,6 +478,19 @@ class Recorder:
         for outcome, number in _as_tally(counts).items():
             if number:
                 self._metrics.counter(definition, outcome).value += number
+
+
+def recorder_from_settings(
+    settings: Settings, catalog: Catalog, broker: Broker, metrics: Metrics, clock: Clock = cloudevents.utc_now
+) -> Recorder:
+    """The recorder of a gateway as configured."""
+    limits = RecorderLimits(settings.log.queue_bytes, settings.log.payload_bytes_per_s, settings.log.flush_ms / 1000)
+    return Recorder(ledger_directory(settings.process.home), catalog, broker, metrics, limits, clock=clock)
+
+
+def ledger_directory(home: Path) -> Path:
+    """Where the gateways of a home keep their ledgers."""
+    return home / "run" / "gateway"
 
 
 def _as_tally(counts: OutcomeCounts) -> dict[str, int]:

@@ -15,13 +15,20 @@ PROTOCOLS = tuple(Protocol)
 
 
 class RequestMetrics:
-    """The instruments of one deployment."""
+    """The instruments of one deployment.
+
+    Attributes
+    ----------
+    answered
+        Batches that have been answered and not been counted: rows, seconds, and seconds inside the model (0: it failed).
+    """
 
     def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
         self._metrics = metrics
         self._labels = labels
         self._ended: dict[int, Counter] = {}
         self._batches: dict[str, Counter] = {}
+        self.answered: list[tuple[float, float, float]] = []
         self.rows = metrics.counter(metric.REQUEST_ROWS, *labels)
         self.retries = metrics.counter(metric.REQUEST_RETRIES, *labels)
         self.request_s = metrics.histogram(metric.REQUEST_SECONDS, *labels)
@@ -52,6 +59,16 @@ class RequestMetrics:
         _observe(self.request_s, rows["ended_s"] - rows["accepted_s"])
         sent = rows[rows["sent_s"] > 0]
         _observe(self.queue_s, sent["sent_s"] - sent["queued_s"])
+
+    def count_batches(self) -> None:
+        """Count the batches that have been answered."""
+        if not self.answered:
+            return
+        rows, seconds, model_s = np.array(self.answered).T
+        self.answered.clear()
+        _observe(self.batch_rows, rows)
+        _observe(self.batch_s, seconds)
+        _observe(self.model_s, model_s[model_s > 0])
 
     def _outcome(self, code: int) -> Counter:
         counter = self._ended.get(code)

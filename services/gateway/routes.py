@@ -55,6 +55,7 @@ def _segment_pattern(segment: str) -> re.Pattern[str]:
 
 ROUTES = (
     HttpRoute("GET", "/healthz", None, Door.PLAIN),
+    HttpRoute("GET", "/metrics", Permission.READ, Door.PLAIN),
     HttpRoute("GET", "/v2/health/live", None, Door.PLAIN),
     HttpRoute("GET", "/v2/health/ready", None, Door.PLAIN),
     HttpRoute("GET", "/", Permission.READ, Door.PLAIN),
@@ -92,6 +93,9 @@ ROUTES = (
     HttpRoute("POST", "/v1beta1/projects/{project}/locations/{location}/endpoints/{endpoint}:predict", Permission.PREDICT, Door.PLAIN),
     HttpRoute("POST", "/v1beta1/projects/{project}/locations/{location}/endpoints/{endpoint}:rawPredict", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/v1beta1/projects/{project}/locations/{location}/endpoints/{endpoint}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/api/v1/predictions/{operation_id}", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("GET", "/api/v1/predictions/{operation_id}/result", Permission.PREDICT, Door.PLAIN),
+    HttpRoute("POST", "/api/v1/predictions/{operation_id}:cancel", Permission.PREDICT, Door.PLAIN),
     HttpRoute("GET", "/docs", Permission.READ, Door.API),
     HttpRoute("GET", "/docs/oauth2-redirect", Permission.READ, Door.API),
     HttpRoute("GET", "/static-offline-docs/{file}", Permission.READ, Door.API),
@@ -212,7 +216,7 @@ CHECKS: Mapping[str, Callable[[str], None]] = {
         "<endpoint>.<model>.<version>",
     ),
     "file": _checker("a file of the API page", r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", "letters, digits, '.', '_' or '-'"),
-    "operation_id": _checker("an operation id", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
+    "operation_id": _checker("an operation id", r"[A-Za-z0-9._-]{1,200}", _ID_RULE),
     "letter_id": _checker("the id of a dead letter", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
 }
 """By the name of a path parameter: raises ``InvalidArgumentError`` that names the rule."""

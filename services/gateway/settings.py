@@ -69,6 +69,23 @@ class GrpcSettings(BaseSettings):
     idle_timeout_s: float = Field(600.0, gt=0, description="Time a connection may be without calls, in seconds.")
 
 
+class LogSettings(BaseSettings):
+    """The prediction log; ``docs/prediction-log.md`` says what happens at each limit."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_LOG_", frozen=True)
+
+    queue_bytes: int = Field(
+        64 * 2**20,
+        ge=2**20,
+        description="Memory for records that wait for the broker, in bytes. Beyond half of it inputs and outputs are left out, beyond it "
+        "rows are given up.",
+    )
+    payload_bytes_per_s: int = Field(
+        32 * 2**20, ge=0, description="Most inputs and outputs put into the log per second, in bytes; the rest is left out."
+    )
+    flush_ms: int = Field(250, ge=10, le=10_000, description="How often records are cut, in milliseconds.")
+
+
 class Settings(BaseSettings):
     """Read from ``GATEWAY_*``, and the shared groups from their own variables.
 
@@ -102,6 +119,18 @@ class Settings(BaseSettings):
         1024, ge=1, description="Most predict requests that wait for one deployment; further ones are refused with 429."
     )
     accepted_requests: int = Field(10_000, ge=1, description="Most predict requests that are answered at once, all deployments together.")
+    async_concurrency: int = Field(16, ge=1, le=1_000, description="Asynchronous predictions that one process carries out at once.")
+    async_expiry_s: int = Field(
+        86_400, ge=1, le=604_800, description="Time an asynchronous prediction is kept when the caller does not say, in seconds."
+    )
+    webhook_hosts: str = Field(
+        "", description="Comma-separated hosts, or host:port, that webhooks may go to; * stands for any part. Empty: none may."
+    )
+    webhook_secret: SecretStr = Field(SecretStr(""), description="Key that webhooks are signed with (Standard Webhooks, v1).")
+    webhook_attempts: int = Field(6, ge=1, le=20, description="How often a webhook is tried.")
+    webhook_first_pause_s: float = Field(
+        1.0, gt=0, description="Pause after the first attempt of a webhook, in seconds; each next is twice as long."
+    )
     command_wait_s: float = Field(
         10.0, ge=0, le=60, description="Time to wait for a command's event when the caller does not say, in seconds."
     )
@@ -110,6 +139,7 @@ class Settings(BaseSettings):
         10.0, gt=0, description="Longest time requests in flight may take once the process is told to stop, in seconds."
     )
     http: HttpSettings = Field(default_factory=HttpSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
     grpc: GrpcSettings = Field(default_factory=GrpcSettings)
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)

@@ -40,11 +40,18 @@ class Tracing:
     def start(self, exchange: Exchange, route: HttpRoute | None, request_id: str) -> Span | None:
         """The span of a request; None when it is not traced."""
         traceparent = exchange.headers.get(b"traceparent")
-        if traceparent is None and self._choose() >= self._ratio:
+        if not self.wants(traceparent):
             return None
+        return self.begin(_name(exchange, route), traceparent, {**_attributes(exchange, route), "millrace.request_id": request_id})
+
+    def wants(self, traceparent: bytes | None) -> bool:
+        """Whether a request with this ``traceparent``, or without one, may be traced."""
+        return traceparent is not None or self._choose() < self._ratio
+
+    def begin(self, name: str, traceparent: bytes | None, attributes: Mapping[str, str | int]) -> Span | None:
+        """A server span of a request that is wanted; None when its caller does not trace."""
         parent = telemetry.extract(traceparent.decode("latin-1")) if traceparent is not None else None
-        attributes = {**_attributes(exchange, route), "millrace.request_id": request_id, telemetry.DECIDED: True}
-        span = telemetry.tracer().start_span(_name(exchange, route), parent, SpanKind.SERVER, attributes)
+        span = telemetry.tracer().start_span(name, parent, SpanKind.SERVER, {**attributes, telemetry.DECIDED: True})
         return span if span.is_recording() else None
 
 

@@ -79,9 +79,10 @@ def worker_number(arguments: list[str]) -> int | None:
 
 
 def worker_settings(settings: Settings, number: int) -> Settings:
-    """What a worker runs with: its own place to say that it is ready."""
+    """What a worker runs with: its own place to say that it is ready, and its own name in consumer groups."""
     process = settings.process.model_copy(update={"ready_file": _ready_file(settings, number)})
-    return settings.model_copy(update={"process": process})
+    kafka = settings.kafka.model_copy(update={"group_instance": f"{settings.kafka.group_instance}-{number}"})
+    return settings.model_copy(update={"process": process, "kafka": kafka})
 
 
 def _ready_file(settings: Settings, number: int) -> Path:

@@ -75,7 +75,8 @@ class RunnerKeeper:
     announce
         Is told of every change, in order.
     predict_timeout_s
-        A runner that is busy with one request for longer hangs: it answers one after the other, so nobody else is answered either.
+        A runner that is busy with one request for longer hangs: it answers one after the other, so nobody else is answered either. It is
+        told the same limit and ends itself; one that does not is killed here.
     """
 
     def __init__(

@@ -92,6 +92,7 @@ class ModelReplica:
             cage=CageSpec(memory_bytes=spec.limits.memory_bytes, file_size_bytes=spec.limits.file_size_bytes, required=REQUIRED_LAYERS),
             threads=spec.limits.threads,
             start_timeout_s=spec.limits.start_timeout_s,
+            predict_timeout_s=spec.limits.predict_timeout_s,
         )
 
     async def _start_runner(self) -> ModelRunner:

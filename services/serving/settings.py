@@ -31,7 +31,7 @@ class Settings(BaseSettings):
         4 * 2**30, ge=64 * 2**20, description="Memory that a served model may allocate, in bytes; as much as in its trial."
     )
     predict_timeout_s: float = Field(
-        60.0,
+        30.0,
         gt=0,
         description="A model that is busy with one request for longer is taken for hung, and its runner is replaced, in seconds.",
     )

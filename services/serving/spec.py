@@ -32,7 +32,7 @@ class Limits(Contract):
     memory_bytes: int | None = Field(default=None, description="What the model may allocate; None: no limit.")
     file_size_bytes: int = Field(default=2**30, ge=2**20, description="Largest file the model may write, its log included.")
     start_timeout_s: float = Field(default=60.0, gt=0, description="Longest time until the model is loaded, in seconds.")
-    predict_timeout_s: float = Field(default=60.0, gt=0, description="A runner that is busy with one request for longer is replaced.")
+    predict_timeout_s: float = Field(default=30.0, gt=0, description="A runner that is busy with one request for longer is replaced.")
 
 
 class ReplicaSpec(Contract):

@@ -364,7 +364,7 @@ class KafkaStreamLog:
         if high < 0:
             low, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S)
         done = self._committed.get(place.partition, -1)
-        return max(0, high - max(low, done, 0))
+        return max(0, int(high) - max(int(low), done, 0))
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -398,5 +398,5 @@ def _lost(doing: str, error: KafkaError) -> SessionLostError:
     return SessionLostError(f"{doing}: {error.str()} ({error.name()})", is_too_large=error.code() == KafkaError.MSG_SIZE_TOO_LARGE)
 
 
-def _taken(message: Message) -> Taken:
+def _taken(message: Any) -> Taken:
     return Taken(message.partition(), message.offset(), message.key(), message.value(), message.headers() or (), message.timestamp()[1])

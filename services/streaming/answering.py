@@ -7,9 +7,10 @@ they wait.
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from opentelemetry.trace import Status, StatusCode
 
@@ -38,6 +39,8 @@ from services.streaming.state import State
 from services.streaming.tasks import pause, together
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SERVICE = "streaming"
 
@@ -139,13 +142,13 @@ class Answerer:
         held_bytes = 0
         for item in items:
             try:
-                if item.request.dataref is not None and not item.request.body:
-                    size = await self._keep_trying(lambda item=item: self._parts.claims.size(item.request))
+                if item.request.is_claimed:
+                    size = await self._keep_trying(partial(self._parts.claims.size, item.request))
                     if portion and held_bytes + size > self._limits.claimed_bytes:
                         yield portion
                         portion, held_bytes = [], 0
                     held_bytes += size
-                    await self._keep_trying(lambda item=item: self._parts.claims.fetch(item.request))
+                    await self._keep_trying(partial(self._parts.claims.fetch, item.request))
                 item.read()
             except MillraceError as error:
                 self._fail(item, error, turn)
@@ -285,7 +288,7 @@ class Answerer:
     async def _store(self, item: Item, turn: "_Turn") -> None:
         result = item.written[0]
         try:
-            sha256 = await self._keep_trying(lambda: self._parts.claims.store(result.value or b""))
+            sha256 = await self._keep_trying(partial(self._parts.claims.store, result.value or b""))
         except MillraceError as error:
             self._fail(item, error, turn)
         else:
@@ -313,7 +316,7 @@ class Answerer:
                 has_said = True
             await pause(self._stopping, _PAUSE_S)
 
-    async def _keep_trying(self, action):  # type: ignore[no-untyped-def]
+    async def _keep_trying(self, action: Callable[[], Awaitable[T]]) -> T:
         return await keep_trying(action, self._parts.retry, self._stopping)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from libs.errors import InvalidMessage
 from libs.inference import v1
-from libs.inference.batches import is_batchable, join, row_count
 from libs.inference.batches import batch_key as key_of
+from libs.inference.batches import is_batchable, join, row_count
 from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferRequest
 from libs.inference.routing import Route
@@ -167,7 +167,7 @@ class Grouping:
         return found + self._alone
 
     def _joined(self, route: Route, items: list[Item], counts: list[int]) -> list[Batch]:
-        """Rows of many requests read as those of one: elements do not depend on their neighbours. If one of them is wrong, each for itself."""
+        """Rows of many requests read as those of one, whose elements are independent of each other; if one is wrong, each for itself."""
         rows = [row for item in items for row in item.document["instances"]]  # type: ignore[index]
         try:
             return [Batch(route, items, counts, v1.from_document({"instances": rows}, route.signature).inputs, None)]

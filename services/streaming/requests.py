@@ -1,8 +1,8 @@
 """What a record of a requests topic asks. No I/O.
 
-A request is a body of an inference protocol: the value of a plain record or of a CloudEvent in binary mode, or the data of a structured one.
-The content type says which: JSON is V1 (``instances``) or V2 (``inputs``), told apart by what is in it; V2 with binary tensors is JSON with
-the header ``inference-header-content-length``; V2 in protobuf (``ModelInferRequest``) has a content type of its own.
+A request is a body of an inference protocol: the value of a plain record or of a CloudEvent in binary mode, or the data of a structured
+one. The content type says which: JSON is V1 (``instances``) or V2 (``inputs``), told apart by what is in it; V2 with binary tensors is JSON
+with the header ``inference-header-content-length``; V2 in protobuf (``ModelInferRequest``) has a content type of its own.
 
 References
 ----------
@@ -117,6 +117,11 @@ class Request:
         """The body as it came: bytes, or what a structured event holds."""
         return self.taken.value if self._data is None else self._data
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether the body has to be fetched."""
+        return self.dataref is not None and not self.body
+
     def fetched(self, body: bytes) -> None:
         """Take the body that ``dataref`` names."""
         self._data = body
@@ -137,7 +142,7 @@ class Request:
                 value = parse_object(value)
             except InvalidInputError as error:
                 raise InvalidMessage(error.message.replace("the request body", "the record's value")) from error
-        elif not isinstance(value, dict):
+        if not isinstance(value, dict):
             raise InvalidMessage("the CloudEvent's data must be a JSON object")
         self.form = Form.TENSORS if _is_v2(value) else Form.ROWS
         return value
@@ -151,7 +156,7 @@ class Request:
             The body is malformed or does not fit.
         """
         if document is not None:
-            return (v2 if self.form is Form.TENSORS else v1).from_document(document, signature)
+            return v2.from_document(document, signature) if self.form is Form.TENSORS else v1.from_document(document, signature)
         value = self.body
         if not isinstance(value, bytes) or not value:
             raise InvalidMessage("the record has no value" if not value else "the CloudEvent's data must be bytes (data_base64)")

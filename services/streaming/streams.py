@@ -11,9 +11,9 @@ and the stream begins anew where the log says it is.
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from libs.errors import TransientError
 from libs.messaging.errors import StoppingError
 from libs.messaging.loop import GRACE_S
 from libs.messaging.retry import keep_trying
-from libs.metrics import Metrics
+from libs.metrics import Histogram, Metrics
 from libs.metrics.definitions import STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
 from schemas.topics import Topic, inference_requests, inference_results
 from services.streaming.answering import Answerer, AnswerParts
@@ -119,10 +119,16 @@ class Streams:
         self._pool.keep(self._state.replicas())
 
 
-class _Answered(NamedTuple):
+class _Read(NamedTuple):
+    """A chunk, and when it was there (monotonic seconds)."""
+
     chunk: Chunk
-    items: list[Item]
     taken_s: float
+
+
+class _Answered(NamedTuple):
+    read: _Read
+    items: list[Item]
 
 
 class Stream:
@@ -162,9 +168,7 @@ class Stream:
         self._stopping.set()
         done, _ = await asyncio.wait({running}, timeout=self._limits.grace_s)
         if not done:
-            log.warning(
-                "the stream of %s did not finish within %g s; its records are read again", self._endpoint_name, self._limits.grace_s
-            )
+            log.warning("the stream of %s did not finish in time; its records are read again", self._endpoint_name)
             running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -173,7 +177,7 @@ class Stream:
         retry = self._parts.answering.retry
         await keep_trying(lambda: self._parts.create_topics(self._topics), retry, self._stopping)
         stream_log = self._parts.logs(self._endpoint_name)
-        taken: asyncio.Queue[tuple[Chunk, float] | None] = asyncio.Queue(maxsize=1)
+        taken: asyncio.Queue[_Read | None] = asyncio.Queue(maxsize=1)
         answered: asyncio.Queue[_Answered | None] = asyncio.Queue(maxsize=1)
         try:
             await stream_log.open()
@@ -183,14 +187,14 @@ class Stream:
             self._figures.in_flight.value = 0
             await stream_log.close()
 
-    async def _take_all(self, stream_log: StreamLog, taken: "asyncio.Queue[tuple[Chunk, float] | None]") -> None:
+    async def _take_all(self, stream_log: StreamLog, taken: "asyncio.Queue[_Read | None]") -> None:
         looked_s = 0.0
         while not self._stopping.is_set():
             if self._answerer.is_answerable():
                 chunk = await stream_log.take(self._limits.chunk_records, self._limits.chunk_bytes, POLL_S)
                 if chunk.records:
                     self._figures.in_flight.value += len(chunk.records)
-                    await self._hand_on(stream_log, (chunk, time.monotonic()), taken)
+                    await self._hand_on(stream_log, _Read(chunk, time.monotonic()), taken)
             else:
                 # What cannot be answered is better left on the topic.
                 await stream_log.stay(POLL_S)
@@ -199,23 +203,23 @@ class Stream:
                 looked_s = time.monotonic()
         await taken.put(None)
 
-    async def _hand_on(self, stream_log: StreamLog, chunk: tuple[Chunk, float], taken: "asyncio.Queue[tuple[Chunk, float] | None]") -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                return await taken.put(chunk)
-        while taken.full():
-            await stream_log.stay(POLL_S)
-        taken.put_nowait(chunk)
-
-    async def _answer_all(self, taken: "asyncio.Queue[tuple[Chunk, float] | None]", answered: "asyncio.Queue[_Answered | None]") -> None:
+    async def _hand_on(self, stream_log: StreamLog, chunk: _Read, taken: "asyncio.Queue[_Read | None]") -> None:
         try:
-            while (entry := await taken.get()) is not None and not self._stopping.is_set():
-                chunk, taken_s = entry
-                await answered.put(_Answered(chunk, await self._answerer.answer(chunk.records), taken_s))
-        except StoppingError:
-            log.info("records of %s that were being answered are read again", self._requests)
-        while taken.full():
-            taken.get_nowait()
+            async with asyncio.timeout(PATIENCE_S):
+                await taken.put(chunk)
+        except TimeoutError:
+            while taken.full():
+                await stream_log.stay(POLL_S)
+            taken.put_nowait(chunk)
+
+    async def _answer_all(self, taken: "asyncio.Queue[_Read | None]", answered: "asyncio.Queue[_Answered | None]") -> None:
+        while (read := await taken.get()) is not None:
+            if self._stopping.is_set():
+                continue
+            try:
+                await answered.put(_Answered(read, await self._answerer.answer(read.chunk.records)))
+            except StoppingError:
+                log.info("records of %s that were being answered are read again", self._requests)
         await answered.put(None)
 
     async def _commit_all(self, stream_log: StreamLog, answered: "asyncio.Queue[_Answered | None]") -> None:
@@ -226,7 +230,7 @@ class Stream:
                 further = answered.get_nowait()
                 if further is None:
                     is_last = True
-                elif further.chunk.assignment == first.chunk.assignment:
+                elif further.read.chunk.assignment == first.read.chunk.assignment:
                     some.append(further)
                 else:
                     await self._commit(stream_log, some)
@@ -239,8 +243,8 @@ class Stream:
         results = [given for entry in some for item in entry.items for given in item.written]
         offsets: dict[int, int] = {}
         for entry in some:
-            offsets.update(entry.chunk.offsets())
-        if await stream_log.commit(some[0].chunk.assignment, results, offsets):
+            offsets.update(entry.read.chunk.offsets())
+        if await stream_log.commit(some[0].read.chunk.assignment, results, offsets):
             self._figures.committed(some)
         else:
             log.info("records of %s are left to whoever reads their partitions now", self._requests)
@@ -268,7 +272,7 @@ class _Figures:
         for entry in some:
             for outcome, count in Counter([item.outcome for item in entry.items]).items():
                 self._metrics.counter(STREAM_RECORDS, self._endpoint_name, outcome).value += count
-            self._seconds.observe_many(now - entry.taken_s, len(entry.items))
+            _observe(self._seconds, now - entry.read.taken_s, len(entry.items))
 
     def waiting(self, lags: dict[int, int]) -> None:
         """Tell how many records wait on each partition that this process reads."""
@@ -282,3 +286,8 @@ class _Figures:
         """The stream is no more."""
         self.waiting({})
         self._metrics.forget(STREAM_IN_FLIGHT, self._endpoint_name)
+
+
+def _observe(histogram: Histogram, seconds: float, count: int) -> None:
+    histogram.counts[bisect_left(histogram.bounds, seconds)] += count
+    histogram.total += seconds * count

@@ -33,6 +33,7 @@ class RunningPlatform:
         self.home = home
         self.broker = broker
         self.port = free_port()
+        self.grpc_port = free_port()
         self.kafka_port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
@@ -40,6 +41,7 @@ class RunningPlatform:
             "MILLRACE_HOME": str(home),
             "MILLRACE_URL": self.url,
             "GATEWAY_HTTP_PORT": str(self.port),
+            "GATEWAY_GRPC_PORT": str(self.grpc_port),
             "MILLRACE_KAFKA_PORT": str(self.kafka_port),
             **environment,
         }

@@ -69,6 +69,7 @@ async def service(name: str, kafka: KafkaSettings, home: Path, **variables: str)
         "ARTIFACTS_URL": (home / "artifacts").as_uri(),
         "RUNNER_KEY_FILE": str(home / "runner.key"),
         "MILLRACE_READY_FILE": str(ready_file),
+        "GATEWAY_GRPC_PORT": "0",
         **variables,
     }
     with (home / f"{name}.log").open("ab") as log:

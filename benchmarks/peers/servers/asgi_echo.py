@@ -7,7 +7,7 @@ import uvicorn
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
 
 
-async def app(scope, receive, send):
+async def app(scope, receive, send):  # noqa: ARG001
     body = b""
     while True:
         message = await receive()

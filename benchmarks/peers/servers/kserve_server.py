@@ -14,7 +14,7 @@ class SklearnModel(Model):
         self.estimator = estimator
         self.ready = True
 
-    def predict(self, payload, headers=None):
+    def predict(self, payload, headers=None):  # noqa: ARG002
         return get_predict_response(payload, self.estimator.predict(get_predict_input(payload)), self.name)
 
 

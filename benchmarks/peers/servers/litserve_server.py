@@ -11,7 +11,7 @@ import numpy as np
 class SklearnApi(litserve.LitAPI):
     path: Path
 
-    def setup(self, device):
+    def setup(self, device):  # noqa: ARG002
         self.estimator = joblib.load(self.path)
 
     def decode_request(self, request):

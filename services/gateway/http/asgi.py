@@ -28,10 +28,11 @@ class AsgiRun:
     ----------
     has_started
         Whether a part of the answer has been written.
+    awaits_continue
+        Whether the client sends the body only when told to, which it has not been.
     """
 
     __slots__ = (
-        "_awaits_continue",
         "_exchange",
         "_is_chunked",
         "_is_ended",
@@ -46,6 +47,7 @@ class AsgiRun:
         "_top",
         "_waiting_bytes",
         "_writable",
+        "awaits_continue",
         "has_started",
     )
 
@@ -56,7 +58,7 @@ class AsgiRun:
         self._waiting_bytes = len(exchange.body)
         self._is_whole = is_whole
         self._is_received = False
-        self._awaits_continue = awaits_continue
+        self.awaits_continue = awaits_continue
         self._is_gone = False
         self._is_ended = False
         self._is_chunked = False
@@ -89,6 +91,7 @@ class AsgiRun:
 
     def feed(self, content: bytes, is_whole: bool) -> None:
         """More of the body has come."""
+        self.awaits_continue = False
         if content and not self._is_ended:
             self._pieces.append(content)
             self._waiting_bytes += len(content)
@@ -107,9 +110,9 @@ class AsgiRun:
 
     async def receive(self) -> MutableMapping[str, Any]:
         """ASGI's ``receive``."""
-        if self._awaits_continue and not self._is_gone:
-            self._awaits_continue = False
-            self._link.write(answers.CONTINUE)
+        if self.awaits_continue and not self._is_gone:
+            self.awaits_continue = False
+            self._link.say_continue()
         while not (self._is_gone or self._is_ended or self._pieces or (self._is_whole and not self._is_received)):
             self._readable = asyncio.get_running_loop().create_future()
             await self._readable

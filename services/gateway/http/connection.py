@@ -249,6 +249,11 @@ class Connection(asyncio.Protocol):
         """Write a part of an answer."""
         self._transport.write(data)
 
+    def say_continue(self) -> None:
+        """Tell the client to send the body it has announced; it has as long as any for that."""
+        self._transport.write(answers.CONTINUE)
+        self.deadline = self._usual_deadline()
+
     def end_answer(self, exchange: Exchange, stays: bool) -> None:
         """The ASGI application's answer is complete."""
         if exchange is not self._exchange:
@@ -346,8 +351,7 @@ class Connection(asyncio.Protocol):
             self._keep(data)
             return
         start = len(self._buffer)
-        self._buffer = buffer = bytearray(self._buffer) if type(self._buffer) is bytes else self._buffer
-        buffer += data
+        buffer = self._append(data)
         if buffer.find(b"\r\n\r\n", max(0, start - 3)) >= 0:
             self._buffer = b""
             self._advance(bytes(buffer))
@@ -359,8 +363,14 @@ class Connection(asyncio.Protocol):
 
     def _keep(self, data: bytes) -> None:
         """Put by what belongs to later requests."""
-        self._buffer = bytes(self._buffer) + data
+        self._append(data)
         self.update_reading()
+
+    def _append(self, data: bytes) -> bytearray:
+        buffer = self._buffer if isinstance(self._buffer, bytearray) else bytearray(self._buffer)
+        buffer += data
+        self._buffer = buffer
+        return buffer
 
     def _resume(self) -> None:
         """Go on with what was put by."""
@@ -405,7 +415,7 @@ class Connection(asyncio.Protocol):
         self._limit_bytes = limit_bytes
         self._body = bytearray()
         if head.expects_continue and not data:
-            self._transport.write(answers.CONTINUE)
+            self.say_continue()
 
     def _receive(self, data: bytes) -> None:
         """Take what came of a body."""
@@ -556,7 +566,8 @@ class Connection(asyncio.Protocol):
 
     def _expire_body(self) -> None:
         limits = self._home.limits
-        if self._is_read_paused or self._received_bytes >= limits.min_bytes_per_s * limits.body_timeout_s:
+        is_waiting = self._is_read_paused or (self._asgi is not None and self._asgi.awaits_continue)
+        if is_waiting or self._received_bytes >= limits.min_bytes_per_s * limits.body_timeout_s:
             self.deadline = self._usual_deadline()
         else:
             self._refuse_body(

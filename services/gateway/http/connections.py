@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 """How often deadlines are looked at; one that passes in between is noticed so much later."""
 
-SPARE_CONNECTIONS = 256
+SPARE_CONNECTIONS, SPARE_CONNECTIONS_PER_CLIENT = 256, 16
 """So many beyond the most may be told that there is no room; further ones are closed without a word."""
 
 
@@ -29,6 +29,8 @@ class Connections:
     ----------
     refused
         How often the server itself refused a request or a connection, by status.
+    tasks
+        ASGI applications at work.
     held_bytes
         Memory taken by bodies that came in more than one piece and are not answered yet.
     idle_deadline
@@ -46,11 +48,11 @@ class Connections:
         self.refused: Counter[int] = Counter()
         self._all: set[Connection] = set()
         self._per_client: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         self._empty: asyncio.Future[None] | None = None
         self._tick_s = min(TICK_S, _shortest(limits) / 4)
-        self._timer: asyncio.TimerHandle | None = None
-        self._tick()
+        self._timer = loop.call_later(self._tick_s, self._tick)
+        self.idle_deadline = self.now() + limits.idle_timeout_s + self._tick_s
 
     def __len__(self) -> int:
         return len(self._all)
@@ -60,16 +62,21 @@ class Connections:
         return Connection(self)
 
     def enter(self, connection: Connection) -> RefusedError | None:
-        """Count a new connection; the value is why it cannot stay."""
+        """Count a new connection; the value is why it cannot stay. When too many are told so already, it is closed without a word."""
         self._all.add(connection)
-        connection.key = client_key(connection.client)
-        if connection.key is not None:
-            self._per_client[connection.key] += 1
-            if self._per_client[connection.key] > self.limits.max_connections_per_client:
-                return self._no_room("your address has too many connections open")
-        if len(self._all) > self.limits.max_connections:
-            return self._no_room("the gateway has too many connections open")
-        return None
+        connection.key = key = client_key(connection.client)
+        if key is not None:
+            self._per_client[key] += 1
+        excess = len(self._all) - self.limits.max_connections
+        client_excess = 0 if key is None else self._per_client[key] - self.limits.max_connections_per_client
+        if excess <= 0 and client_excess <= 0:
+            return None
+        if excess > SPARE_CONNECTIONS or client_excess > SPARE_CONNECTIONS_PER_CLIENT:
+            self.count_refusal(HTTPStatus.SERVICE_UNAVAILABLE)
+            connection.abort()
+            return None
+        whose = "the gateway" if excess > 0 else "your address"
+        return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, f"{whose} has too many connections open")
 
     def leave(self, connection: Connection) -> None:
         """Forget a connection that is closed."""
@@ -83,7 +90,7 @@ class Connections:
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run an application in a task."""
         task = self.loop.create_task(work)
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(self._task_done)
 
     def count_refusal(self, status: int) -> None:
@@ -96,29 +103,32 @@ class Connections:
         for connection in list(self._all):
             connection.drain()
         await self._until_empty(timeout_s)
-        if self._all or self._tasks:
+        if self._all or self.tasks:
             log.warning("%d requests were broken off: they took longer than %g s to end", len(self._all), timeout_s)
-        for task in self._tasks:
+        for task in self.tasks:
             task.cancel()
         for connection in list(self._all):
             connection.abort()
         await self._until_empty(1.0)
-        if self._timer is not None:
-            self._timer.cancel()
+        self.close()
+
+    def close(self) -> None:
+        """Look at no more deadlines."""
+        self._timer.cancel()
 
     async def _until_empty(self, timeout_s: float) -> None:
-        if not self._all and not self._tasks:
+        if not self._all and not self.tasks:
             return
         self._empty = self.loop.create_future()
         await asyncio.wait([self._empty], timeout=timeout_s)
         self._empty = None
 
     def _look_empty(self) -> None:
-        if self._empty is not None and not self._empty.done() and not self._all and not self._tasks:
+        if self._empty is not None and not self._empty.done() and not self._all and not self.tasks:
             self._empty.set_result(None)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         self._look_empty()
 
     def _tick(self) -> None:
@@ -127,9 +137,6 @@ class Connections:
         for connection in [each for each in self._all if each.deadline <= now]:
             connection.expire()
         self._timer = self.loop.call_later(self._tick_s, self._tick)
-
-    def _no_room(self, message: str) -> RefusedError | None:
-        return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, message)
 
 
 def client_key(client: tuple[str, int] | None) -> str | None:

@@ -45,8 +45,6 @@ class Exchange:
         say so in its own form, by ``respond``, before it returns. Unset: the server answers ``{"error": sentence}``.
     context
         The application's own, for what it knows of this request between ``admit`` and the answer.
-    context
-        The application's own.
     is_gone
         Nobody waits for the answer any more; ``respond`` does nothing.
     """
@@ -77,7 +75,6 @@ class Exchange:
         self.body = body
         self.context: Any = None
         self.is_gone = False
-        self.context: Any = None
         self.on_gone: Callable[[], None] | None = None
         self.on_refused: Callable[[int, str], None] | None = None
 

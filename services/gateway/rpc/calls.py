@@ -7,20 +7,23 @@ gRPC, "gRPC over HTTP2".
 
 import asyncio
 import logging
+import os
 import re
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
+from opentelemetry.trace import Span
+
 from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceError, OverloadedError
 from services.gateway.access import AccessControl, Principal
-from services.gateway.errors import InternalError
+from services.gateway.errors import ClientGoneError, InternalError
 from services.gateway.routes import HttpRoute
-from services.gateway.rpc import framing
-from services.gateway.rpc.hpack import Fields, encode
+from services.gateway.rpc import framing, spans
+from services.gateway.rpc.hpack import encode
 from services.gateway.rpc.http2 import Receiver, Stream
 from services.gateway.rpc.statuses import Status, UnimplementedError, status_of
+from services.gateway.tracing import Tracing, traceparent_of
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +59,14 @@ class Head:
     request_id: str
     headers: dict[bytes, bytes]
     principal: Principal
-    peer: str
     deadline_s: float | None
     encoding: str | None
+    span: Span | None = None
+
+    @property
+    def traceparent(self) -> str | None:
+        """Context of the call's span; None when it is not traced."""
+        return None if self.span is None else traceparent_of(self.span)
 
 
 class Budget:
@@ -102,14 +110,14 @@ class Method:
 class Router:
     """Takes every stream: finds its method, checks who asks, and begins the call."""
 
-    def __init__(self, access: AccessControl, methods: Sequence[Method], limits: CallLimits) -> None:
+    def __init__(self, access: AccessControl, methods: Sequence[Method], limits: CallLimits, tracing: Tracing) -> None:
         self._access = access
+        self._tracing = tracing
         self._methods: Mapping[bytes, Method] = {method.route.template.encode(): method for method in methods}
         self._limits = limits
 
-    def accept(self, stream: Stream, fields: Fields) -> Receiver | None:
+    def accept(self, stream: Stream, headers: dict[bytes, bytes]) -> Receiver | None:
         """Begin a call, or refuse it."""
-        headers = dict(fields)
         if headers[b":method"] != b"POST":
             stream.send_head(_NOT_POST, is_last=True)
             return None
@@ -117,7 +125,7 @@ class Router:
             stream.send_head(_NOT_GRPC, is_last=True)
             return None
         given = headers.get(b"x-request-id")
-        request_id = given.decode() if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given.decode() if given is not None and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         try:
             return self._begin(stream, headers, request_id)
         except MillraceError as error:
@@ -134,7 +142,9 @@ class Router:
         timeout = headers.get(b"grpc-timeout")
         deadline_s = None if timeout is None else stream.opened_s + framing.timeout_s(timeout)
         encoding = framing.encoding_of(headers.get(b"grpc-encoding"))
-        head = Head(method.route.template, request_id, headers, principal, stream.connection.peer, deadline_s, encoding)
+        template, peer = method.route.template, stream.connection.peer
+        span = spans.start(self._tracing, template, headers.get(b"traceparent"), peer, request_id)
+        head = Head(template, request_id, headers, principal, deadline_s, encoding, span)
         return method.open(stream, head, self._limits)
 
 
@@ -151,6 +161,12 @@ class _Call:
         """End the call with an error, unless it has ended."""
         if self.stream.is_open:
             refuse(self.stream, self.head.path, self.head.request_id, error)
+            self.trace_end(error)
+
+    def trace_end(self, error: MillraceError | None) -> None:
+        """End the call's span, if it is traced."""
+        if self.head.span is not None:
+            spans.end(self.head.span, error)
 
 
 def refuse(stream: Stream, path: str, request_id: str, error: MillraceError) -> None:
@@ -234,6 +250,7 @@ class UnaryCall(_Call):
 
     def gone(self) -> None:
         self._release()
+        self.trace_end(ClientGoneError("the caller gave up before it was answered"))
         if self.on_gone is not None:
             self.on_gone()
 
@@ -246,6 +263,7 @@ class UnaryCall(_Call):
         if head.encoding is not None:
             fields.append((b"grpc-encoding", head.encoding.encode()))
         self.stream.respond(_HEAD + encode(fields), framing.framed(message, head.encoding), _OK)
+        self.trace_end(None)
 
 
 class Session(Interface):
@@ -271,7 +289,7 @@ class Session(Interface):
 class StreamCall(_Call):
     """A call with many messages: in, out, or both. While ``is_full`` is true, no message is handed over; ``resume`` hands over the rest."""
 
-    __slots__ = ("_body", "_has_ended", "_is_feeding", "_limits", "_session", "_timer", "is_full")
+    __slots__ = ("_body", "_has_ended", "_is_feeding", "_is_over", "_limits", "_session", "_timer", "is_full")
 
     def __init__(self, stream: Stream, head: Head, limits: CallLimits, open_session: "Callable[[StreamCall], Session]") -> None:
         super().__init__(stream, head)
@@ -279,6 +297,7 @@ class StreamCall(_Call):
         self._body = bytearray()
         self._has_ended = False
         self._is_feeding = False
+        self._is_over = False
         self._timer: asyncio.TimerHandle | None = None
         self.is_full = False
         self._session = open_session(self)
@@ -290,6 +309,8 @@ class StreamCall(_Call):
             self._timer = asyncio.get_running_loop().call_at(head.deadline_s, self._expire)
 
     def data(self, chunk: bytes, is_last: bool) -> None:
+        if self._is_over:
+            return
         try:
             self._limits.budget.take(len(chunk))
         except MillraceError as error:
@@ -316,7 +337,7 @@ class StreamCall(_Call):
 
     def _feed(self) -> None:
         max_bytes, body = self._limits.message_bytes, self._body
-        while self.stream.is_open and not self.is_full:
+        while not self._is_over and not self.is_full:
             end = framing.announced(body, max_bytes)
             if end is None or end > len(body):
                 break
@@ -325,7 +346,7 @@ class StreamCall(_Call):
             self._limits.budget.give(end)
             self.stream.consumed(end)
             self._session.message(framing.opened(flag, message, self.head.encoding, max_bytes))
-        if self._has_ended and self.stream.is_open and not self.is_full:
+        if self._has_ended and not self._is_over and not self.is_full:
             if body:
                 raise InvalidArgumentError("the request ended before its last message was complete")
             self._session.ended()
@@ -336,28 +357,33 @@ class StreamCall(_Call):
 
     def finish(self) -> None:
         """End the call well, once all that was sent has left."""
-        self._release()
-        self.stream.end(_OK)
+        if not self._is_over:
+            self._close(None)
+            self.stream.end(_OK)
 
     def fail(self, error: MillraceError) -> None:
         """End the call with an error, unless it has ended; whatever is still asked for it is given up."""
-        if self.stream.is_open:
+        if self.stream.is_open and not self._is_over:
             fields = {"status": status_of(error).name, "request_id": self.head.request_id, "error": error.message}
             log.info("%s", self.head.path, extra={"fields": fields})
-            self.gone()
+            self._close(error)
+            self._session.gone()
             self.stream.end(encode(_error(error, self.head.request_id)), at_once=True)
 
     def drained(self) -> None:
         self._session.drained()
 
     def gone(self) -> None:
-        self._release()
-        self._session.gone()
+        if not self._is_over:
+            self._close(ClientGoneError("the caller gave up before all was answered"))
+            self._session.gone()
 
     def _expire(self) -> None:
         self.fail(DeadlineExceededError("the deadline of the call passed"))
 
-    def _release(self) -> None:
+    def _close(self, error: MillraceError | None) -> None:
+        self._is_over = True
+        self.trace_end(error)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -8,6 +8,7 @@ References
 RFC 7541, "HPACK: Header Compression for HTTP/2".
 """
 
+import re
 from collections import deque
 from collections.abc import Iterable
 
@@ -38,6 +39,11 @@ class HeaderDecoder:
     max_fields
         More fields than these are refused: one octet can name a field of the table, so the length of a block bounds little.
 
+    Attributes
+    ----------
+    is_suspect
+        Whether a field has come, ever, that HTTP/2 does not allow in a request: fields of later blocks may be copies of it.
+
     Examples
     --------
     >>> decoder = HeaderDecoder()
@@ -52,6 +58,7 @@ class HeaderDecoder:
         self._dynamic: deque[tuple[bytes, bytes]] = deque()
         self._size = 0
         self._limit = TABLE_BYTES
+        self.is_suspect = False
 
     def decode(self, block: bytes) -> Fields:
         """The fields of a complete block.
@@ -100,6 +107,8 @@ class HeaderDecoder:
         else:
             name, position = _string(block, position)
         value, position = _string(block, position)
+        if not is_sound(name, value):
+            self.is_suspect = True
         return (name, value), position
 
     def _add(self, field: tuple[bytes, bytes]) -> None:
@@ -146,6 +155,21 @@ def _string(block: bytes, position: int) -> tuple[bytes, int]:
         raise CompressionError("a header block ends inside a string")
     text = block[position:end]
     return (decode_huffman(text) if is_huffman else text), end
+
+
+_PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
+_OF_CONNECTIONS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_NOT_IN_VALUES = re.compile(rb"[\x00\r\n]")
+
+
+def is_sound(name: bytes, value: bytes) -> bool:
+    """Whether a field is well-formed as one of a request's headers or trailers (RFC 9113 §8.2 and §8.3)."""
+    if name == b"te":
+        return value == b"trailers"
+    if name in _PSEUDO:
+        return not _NOT_IN_VALUES.search(value)
+    return bool(_NAME.fullmatch(name)) and name not in _OF_CONNECTIONS and not _NOT_IN_VALUES.search(value)
 
 
 def encode(fields: Iterable[tuple[bytes, bytes]]) -> bytes:

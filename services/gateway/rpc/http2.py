@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Protocol as Interface
 from typing import cast
 
-from services.gateway.rpc.hpack import CompressionError, Fields, HeaderDecoder
+from services.gateway.rpc.hpack import CompressionError, Fields, HeaderDecoder, is_sound
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_expected",
         "_has_waited",
         "_outbox",
         "_recv_window",
@@ -152,6 +153,7 @@ class Stream:
         self._recv_window = recv_window
         self._outbox: deque[memoryview] | None = None
         self._has_waited = False
+        self._expected: int | None = None
         self._trailers: bytes | None = None
 
     @property
@@ -160,7 +162,9 @@ class Stream:
         return bool(self._outbox)
 
     def respond(self, head: bytes, data: bytes, trailers: bytes) -> None:
-        """A whole answer: header block, data, and the block of trailers that ends the stream."""
+        """A whole answer: header block, data, and the block of trailers that ends the stream; nothing once the stream has ended."""
+        if not self.is_open:
+            return
         connection = self.connection
         size = len(data)
         if self._outbox or size > connection.frame_room or size > self._send_window or not size:
@@ -253,6 +257,23 @@ class Stream:
         if self._outbox:
             self.pump()
 
+    def expect(self, length: bytes) -> None:
+        """Hold the peer to the length of data that it has announced."""
+        if not (length.isdigit() and len(length) < 19):
+            raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
+        self._expected = int(length)
+
+    def count(self, size: int) -> None:
+        """Count data towards what was announced."""
+        if self._expected is not None:
+            self._expected -= size
+
+    def close_remote(self) -> None:
+        """The peer has sent all; raises unless that is what it has announced."""
+        self.has_ended = True
+        if self._expected:
+            raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
+
     def arrived(self, size: int) -> None:
         """Account for data of the peer."""
         self._recv_window -= size
@@ -260,8 +281,8 @@ class Stream:
             raise _StreamFault(ErrorCode.FLOW_CONTROL_ERROR)
 
 
-Accept = Callable[[Stream, Fields], Receiver | None]
-"""Answers a stream whose headers are complete: by a receiver for its data, or at once (None)."""
+Accept = Callable[[Stream, dict[bytes, bytes]], Receiver | None]
+"""Answers a stream whose headers (by name, pseudo-headers included) are complete: by a receiver for its data, or at once (None)."""
 
 
 class Connection(asyncio.Protocol):
@@ -339,9 +360,7 @@ class Connection(asyncio.Protocol):
         del self._streams[stream.id]
         if not stream.has_ended:
             self.write(_head(4, _RST_STREAM, 0, stream.id) + _U32.pack(ErrorCode.NO_ERROR))
-            self._cut[stream.id] = None
-            if len(self._cut) > self._limits.streams:
-                del self._cut[next(iter(self._cut))]
+            self._pass_over(stream.id)
         self._after_close()
 
     # The transport
@@ -360,9 +379,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._is_closed = True
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            _give_up(stream)
+        self._give_up_all()
         if self._on_lost is not None:
             self._on_lost(self)
 
@@ -395,7 +412,10 @@ class Connection(asyncio.Protocol):
         """Close what is stalled, and tell what is idle to go away; called every few seconds."""
         self._strikes = 0
         limits = self._limits
-        if not self._has_settings:
+        if self._is_closed:
+            if now_s - self._quiet_s > limits.block_s:
+                self.abort()
+        elif not self._has_settings:
             if now_s - self._quiet_s > limits.first_request_s:
                 self.abort()
         elif (self._buffer or self._block is not None) and now_s - self._stalled_s > limits.block_s and not self._is_paused():
@@ -430,12 +450,25 @@ class Connection(asyncio.Protocol):
     def _fail(self, code: ErrorCode) -> None:
         self.write(_head(8, _GOAWAY, 0, 0) + _U32.pack(self._last_id) + _U32.pack(code))
         self._close()
+        self._give_up_all()
+
+    def _give_up_all(self) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            _give_up(stream)
 
     def _close(self) -> None:
         self._is_closed = True
+        self._quiet_s = self._loop.time()
         self._buffer = b""
         if self._transport is not None:
             self._transport.close()
+
+    def _pass_over(self, stream_id: int) -> None:
+        """What the peer still sends on a stream that was ended from here is nothing wrong."""
+        self._cut[stream_id] = None
+        if len(self._cut) > self._limits.streams:
+            del self._cut[next(iter(self._cut))]
 
     def _after_close(self) -> None:
         if not self._streams:
@@ -497,7 +530,7 @@ class Connection(asyncio.Protocol):
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
             _give_up(stream)
-            self._cut[stream_id] = None
+            self._pass_over(stream_id)
             self._after_close()
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
@@ -516,9 +549,10 @@ class Connection(asyncio.Protocol):
         if flags & _PADDED:
             payload = _without_padding(payload)
             stream.consumed(size - len(payload))
+        stream.count(len(payload))
         is_last = bool(flags & _END_STREAM)
         if is_last:
-            stream.has_ended = True
+            stream.close_remote()
         elif not payload:
             self._strike()
         receiver = stream.receiver
@@ -585,9 +619,9 @@ class Connection(asyncio.Protocol):
         """Headers after data: they must end the stream, and hold nothing that belongs in front."""
         if stream.has_ended:
             raise _StreamFault(ErrorCode.STREAM_CLOSED)
-        if not flags & _END_STREAM or any(name.startswith(b":") for name, _ in fields):
+        if not flags & _END_STREAM or any(name[:1] == b":" or not is_sound(name, value) for name, value in fields):
             raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
-        stream.has_ended = True
+        stream.close_remote()
         if stream.receiver is not None:
             stream.receiver.data(b"", True)
 
@@ -600,14 +634,20 @@ class Connection(asyncio.Protocol):
     def _open(self, stream_id: int, flags: int, fields: Fields) -> None:
         self._last_id = stream_id
         if len(self._streams) >= self._limits.streams or self._is_leaving:
-            self._cut[stream_id] = None
+            self._pass_over(stream_id)
             raise _StreamFault(ErrorCode.REFUSED_STREAM)
-        if not _is_request(fields):
+        headers = _request(fields)
+        if headers is None or (self._decoder.is_suspect and not all(is_sound(*field) for field in fields)):
+            self._pass_over(stream_id)
             raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
         stream = Stream(self, stream_id, self._loop.time(), self._peer_window, self._limits.stream_window_bytes)
-        stream.has_ended = bool(flags & _END_STREAM)
+        length = headers.get(b"content-length")
+        if length is not None:
+            stream.expect(length)
+        if flags & _END_STREAM:
+            stream.close_remote()
         self._streams[stream_id] = stream
-        receiver = self._accept(stream, fields)
+        receiver = self._accept(stream, headers)
         if stream.is_open:
             stream.receiver = receiver
             if receiver is not None and stream.has_ended:
@@ -733,40 +773,20 @@ def _without_padding(payload: bytes) -> bytes:
     return payload[1 : len(payload) - payload[0]]
 
 
-_PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
-_REQUIRED = frozenset((b":method", b":scheme", b":path"))
-_OF_CONNECTIONS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
-_TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
-_KNOWN_NAMES: set[bytes] = {b"content-type", b"user-agent", b"te", b"grpc-timeout", b"grpc-accept-encoding", b"authorization"}
-_MOST_KNOWN_NAMES = 1_000
+_REQUIRED = (b":method", b":scheme", b":path")
 
 
-def _is_request(fields: Fields) -> bool:
-    """Whether fields are well-formed as a request's (RFC 9113 §8.2 and §8.3)."""
-    pseudo: list[bytes] = []
-    are_first = True
-    for name, value in fields:
-        if name in _KNOWN_NAMES:
-            are_first = False
-            if name == b"te" and value != b"trailers":
-                return False
-        elif name in _PSEUDO:
-            if not are_first:
-                return False
-            pseudo.append(name)
-        elif _is_name(name):
-            are_first = False
-        else:
-            return False
-        if b"\n" in value or b"\r" in value or b"\0" in value:
-            return False
-    names = set(pseudo)
-    return len(names) == len(pseudo) and names >= _REQUIRED
-
-
-def _is_name(name: bytes) -> bool:
-    if not name or not _TOKEN.issuperset(name) or name in _OF_CONNECTIONS:
-        return False
-    if len(_KNOWN_NAMES) < _MOST_KNOWN_NAMES and len(name) < 64:
-        _KNOWN_NAMES.add(name)
-    return True
+def _request(fields: Fields) -> dict[bytes, bytes] | None:
+    """A request's headers by name, the pseudo-headers among them; None when those are not as they must be (RFC 9113 §8.3)."""
+    headers = dict(fields)
+    pseudo = 0
+    for name, _ in fields:
+        if name[:1] != b":":
+            break
+        pseudo += 1
+    found = sum(1 for name in headers if name[:1] == b":")
+    if found != pseudo or pseudo > 4 or any(name[:1] == b":" for name, _ in fields[pseudo:]):
+        return None
+    if not all(name in headers for name in _REQUIRED) or not headers[b":path"].startswith(b"/"):
+        return None
+    return headers

@@ -63,7 +63,7 @@ class InferenceService:
             else:
                 call.reply(bytes(result.body), result.headers)
 
-        pending = self._dataplane.submit(asked, Caller(head.request_id, head.principal.name), done)
+        pending = self._dataplane.submit(asked, Caller(head.request_id, head.principal.name, head.traceparent), done)
         if call.stream.is_open:
             call.on_gone = lambda: self._dataplane.cancel(pending)
 
@@ -156,7 +156,7 @@ class _InferStream:
         incoming = Incoming({}, head.headers, message, request_id=request_id)
         place.request = v2_grpc.read(message)
         asked = grpc_oip.ask(place.request, incoming, patience_ms(head, incoming))
-        caller = Caller(request_id, head.principal.name)
+        caller = Caller(request_id, head.principal.name, head.traceparent)
         place.pending = self._dataplane.submit(asked, caller, lambda result: self._settle(place, result))
 
     def _settle(self, place: "_Place", result: Outgoing | MillraceError) -> None:

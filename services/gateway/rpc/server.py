@@ -22,6 +22,7 @@ from services.gateway.rpc.http2 import Connection, Limits
 from services.gateway.rpc.inference import DataPlane, InferenceService
 from services.gateway.rpc.reflection import Reflection
 from services.gateway.settings import GrpcSettings
+from services.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class GrpcServer:
         methods: Sequence[Method],
         settings: GrpcSettings,
         host: str,
+        tracing: Tracing,
         *,
         message_bytes: int,
         drain_timeout_s: float,
@@ -89,7 +91,7 @@ class GrpcServer:
         self._host = host
         self._drain_timeout_s = drain_timeout_s
         self._reuse_port = reuse_port
-        self._router = Router(access, methods, CallLimits(message_bytes, Budget(max(settings.max_buffered_bytes, message_bytes))))
+        self._router = Router(access, methods, CallLimits(message_bytes, Budget(max(settings.max_buffered_bytes, message_bytes))), tracing)
         self._limits = Limits(
             streams=settings.max_streams,
             stream_window_bytes=min(message_bytes + PREFIX.size + 2**16, 2**31 - 1),
@@ -169,6 +171,7 @@ class GrpcServer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self._reuse_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an accepted socket takes it from its listener
             listener.bind(address)
             listener.setblocking(False)
         except OSError as error:

@@ -19,6 +19,7 @@ READY = PlatformStatus(
     uptime_s=75.0,
     is_ready=True,
     gateway="http://127.0.0.1:8080",
+    grpc="127.0.0.1:8081",
     bootstrap_servers="127.0.0.1:9092",
     broker="kafka",
     memory_bytes=3 * 2**30,

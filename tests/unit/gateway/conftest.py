@@ -22,7 +22,7 @@ from schemas.registry import Artifact, DeploymentSnapshot, EndpointSnapshot, Rep
 from schemas.serving import DeploymentChanged, DeploymentReady
 from schemas.validation import Measurements, VersionInspected, VersionValidated
 from services.gateway.app import Gateway, build
-from services.gateway.settings import Settings
+from services.gateway.settings import GrpcSettings, Settings
 from services.registry.app import build as build_registry
 from services.registry.settings import Settings as RegistrySettings
 from tests.unit.runners import KEY, FakeRunner
@@ -138,16 +138,33 @@ async def running(components: Sequence[Component]) -> AsyncIterator[None]:
 def make_settings(directory: Path, **changes: Any) -> Settings:
     key_file = directory / "runner.key"
     key_file.write_bytes(KEY)
-    settings = Settings(**{"command_wait_s": 3.0, "replica_wait_ms": 300, "http_port": 0, "drain_timeout_s": 3.0, **changes})
-    return settings.model_copy(update={"runner": settings.runner.model_copy(update={"key_file": key_file})})
+    settings = Settings(
+        **{
+            "command_wait_s": 3.0,
+            "replica_wait_ms": 300,
+            "http_port": 0,
+            "grpc": GrpcSettings(enabled=False),
+            "drain_timeout_s": 3.0,
+            **changes,
+        }
+    )
+    runner = settings.runner.model_copy(update={"key_file": key_file})
+    process = settings.process.model_copy(update={"home": directory})
+    return settings.model_copy(update={"runner": runner, "process": process})
 
 
 @asynccontextmanager
 async def make_world(
-    directory: Path, *, registry: bool = True, spans: Any = None, **changes: Any
+    directory: Path,
+    *,
+    registry: bool = True,
+    broker: MemoryBroker | None = None,
+    store: MemoryStore | None = None,
+    spans: Any = None,
+    **changes: Any,
 ) -> AsyncIterator[World]:
     """A world behind a real HTTP server; ``registry=False`` leaves commands unanswered."""
-    broker, store = MemoryBroker(), MemoryStore()
+    broker, store = broker or MemoryBroker(), store or MemoryStore()
     gateway = build(make_settings(directory, **changes), broker=broker, store=store, clock=lambda: NOW, spans=spans)
     async with AsyncExitStack() as stack:
         if registry:

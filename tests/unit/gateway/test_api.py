@@ -10,6 +10,8 @@ from libs.messaging import cloudevents
 from schemas.registry import CreateEndpoint, DeleteEndpoint, DeploymentStatus, DeployVersion, UndeployVersion
 from schemas.serving import DeploymentRemoved
 from schemas.topics import COMMANDS, DLQ
+from services.gateway.app import StateFollower
+from services.gateway.commands import Commander
 from tests.unit.gateway.conftest import NOW
 
 ARTIFACT = {"sha256": "a" * 64, "size_bytes": 1, "filename": "m.joblib"}
@@ -196,10 +198,15 @@ async def test_the_life_of_a_deployment(world):
     assert (await world.http.get("/api/v1/endpoints")).json() == {"endpoints": []}
 
 
+def part(world, kind):
+    """The component of a kind."""
+    return next(component for component in world.gateway.components if isinstance(component, kind))
+
+
 def overtake(world, *commands_and_facts):
     """Let the next command be followed at once by others, so that the gateway sees what they led to all together."""
     events = [cloudevents.new_event(data, "/someone", now=NOW) for data in commands_and_facts]
-    producer = world.gateway.components[1]._producer
+    producer = part(world, Commander)._producer
 
     async def send(records):
         await world.broker.append([*records, *[cloudevents.write(event) for event in events]])
@@ -281,7 +288,7 @@ async def test_a_broker_that_is_away_is_a_503_and_not_a_hang(tmp_path, make):
         async def hang(_records):
             await asyncio.Event().wait()
 
-        producer = world.gateway.components[1]._producer
+        producer = part(world, Commander)._producer
         for send in (refuse, hang):
             producer.send = send
             answer = await world.http.post("/api/v1/endpoints", json={"name": "e"})
@@ -334,7 +341,7 @@ async def test_a_bug_is_a_500_that_tells_nothing_and_is_logged(world, monkeypatc
     def broken(_name):
         raise RuntimeError("a secret detail")
 
-    catalog = world.gateway.components[2]._apply.__self__
+    catalog = part(world, StateFollower)._apply.__self__
     monkeypatch.setattr(catalog, "model", broken)
     world.http._transport.raise_app_exceptions = False
     answer = await world.http.get("/api/v1/models/m")

@@ -90,3 +90,76 @@ def test_the_headers_of_an_error_are_the_same_in_all_families(path):
     for error in (OverloadedError("x"), NotReadyError("x")):
         assert int(answered(error, path)[2][b"retry-after"]) >= 1
     assert b"retry-after" not in answered(ModelError("x"), path)[2]
+
+
+VERTEX = "/v1/projects/p/locations/us-central1/endpoints/{}:{}"
+STATUSES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 405: "UNIMPLEMENTED", 413: "INVALID_ARGUMENT", 500: "INTERNAL", 503: "UNAVAILABLE"}
+
+
+async def test_every_refusal_on_vertex_s_paths_is_a_google_status(tmp_path, make):
+    async with make(tmp_path, predict_max_bytes=10_000) as world:
+        await world.deployed(0.0)
+        await world.http.post("/api/v1/endpoints", json={"name": "empty"})
+        rows = {"instances": [[1, 2]]}
+
+        async def told(status: int, method: str, path: str, **arguments) -> None:
+            answer = await world.http.request(method, path, **arguments)
+            assert answer.status_code == status, answer.text
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.json()["error"]["code"] == status
+            assert answer.json()["error"]["status"] == STATUSES.get(status, "DEADLINE_EXCEEDED")
+            assert answer.json()["error"]["message"]
+
+        for method in ("predict", "rawPredict"):
+            path = VERTEX.format("cancer", method)
+            assert (await world.http.post(path, json=rows, params={"$alt": "json;enum-encoding=int"})).status_code == 200
+            await told(400, "POST", path, content=b"{")
+            await told(400, "POST", path, json=rows, headers={"x-request-timeout-ms": "soon"})
+            await told(404, "POST", VERTEX.format("nowhere", method), json=rows)
+            await told(405, "GET", path)
+            await told(405, "DELETE", path)
+            await told(413, "POST", path, content=b" " * 10_001)
+            await told(503, "POST", VERTEX.format("empty", method), json=rows)
+        await told(404, "POST", "/v1/projects/p/locations/us-central1/publishers/google/models/m:predict", json=rows)
+        await told(404, "GET", "/v1beta1/projects/p")
+        world.runners[0].behave = lambda _: ("model_error", "it fell")
+        await told(500, "POST", VERTEX.format("cancer", "predict"), json=rows)
+        world.runners[0].behave = lambda _: "hang"
+        await told(504, "POST", VERTEX.format("cancer", "predict"), json=rows, headers={"x-request-timeout-ms": "30"})
+
+
+async def test_every_refusal_on_scoring_paths_is_read_by_mlflow_and_sagemaker(tmp_path, make):
+    async with make(tmp_path, predict_max_bytes=10_000) as world:
+        await world.deployed(0.0)
+        headers = {"content-type": "text/csv"}
+        assert (await world.http.post("/invocations", content=b"1,2", headers=headers)).json() == {"predictions": [3.0]}
+        for status, method, path, arguments in (
+            (400, "POST", "/invocations", {"content": b"1", "headers": headers}),
+            (404, "POST", "/endpoints/nowhere/invocations", {"content": b"1,2", "headers": headers}),
+            (404, "GET", "/api/2.0/endpoints/nowhere", {}),
+            (405, "GET", "/invocations", {}),
+            (406, "POST", "/invocations", {"content": b"1,2", "headers": {**headers, "accept": "image/png"}}),
+            (413, "POST", "/invocations", {"content": b" " * 10_001}),
+            (415, "POST", "/invocations", {"content": b"1,2", "headers": {"content-type": "image/png"}}),
+        ):
+            answer = await world.http.request(method, path, **arguments)
+            assert answer.status_code == status, answer.text
+            assert answer.json().keys() == {"error_code", "message"}
+            assert answer.headers["x-amzn-errortype"] == "ValidationError"
+
+
+async def test_strangers_are_told_in_the_words_of_the_path(tmp_path, make):
+    async with make(tmp_path, api_keys="ops:correct-horse-battery") as world:
+        answer = await world.http.post(VERTEX.format("cancer", "predict"), json={})
+        assert (answer.status_code, answer.json()["error"]["status"], answer.headers["www-authenticate"]) == (
+            401,
+            "UNAUTHENTICATED",
+            "Bearer",
+        )
+        answer = await world.http.post("/invocations", json={})
+        assert (answer.status_code, answer.json()["error_code"], answer.headers["x-amzn-errortype"]) == (
+            401,
+            "UNAUTHENTICATED",
+            "AccessDeniedException",
+        )
+        assert (await world.http.get("/ping")).status_code == 200

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from libs.errors import ConfigurationError, DeadlineExceededError, UnauthenticatedError
 from libs.inference.client import RunnerClient
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerStartError
-from libs.inference.supervisor import RunnerExit, RunnerProcess
+from libs.inference.supervisor import HUNG_STATUS, RunnerExit, RunnerProcess
 from tests.unit.runner.models import Call, Source, model, on_request, row_sums, running, spec
 
 ROWS = {"input": np.array([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3]])}
@@ -175,6 +175,41 @@ async def test_a_model_that_hangs_is_killed_after_the_grace(tmp_path: Path) -> N
         with pytest.raises(DeadlineExceededError):
             await client.infer({"input": np.zeros((1, 3))}, timeout_s=0.2)
         assert (await runner.stop(grace_s=0.2)).code == -signal.SIGKILL
+        await client.close()
+
+
+async def test_a_runner_whose_model_hangs_ends_itself_and_says_so(tmp_path: Path) -> None:
+    async with running(on_request("__import__('time').sleep(100)"), tmp_path, predict_timeout_s=0.5) as runner:
+        client = runner.client()
+        hung = asyncio.create_task(client.infer({"input": np.zeros((1, 3))}, timeout_s=30))
+        await asyncio.sleep(0)
+        behind = asyncio.create_task(client.infer(ROWS, timeout_s=30))
+        with pytest.raises(DeadlineExceededError, match="has been busy with one request for more than 0.5 s"):
+            await hung
+        with pytest.raises(RunnerGoneError):
+            await behind
+        assert await asyncio.wait_for(runner.wait_exit(), 30) == RunnerExit(HUNG_STATUS)
+        assert runner.log_tail().splitlines()[-1] == "the model has been busy with one request for more than 0.5 s: the runner ends itself"
+        await client.close()
+
+
+async def test_a_model_that_keeps_the_interpreter_to_itself_is_ended_too(tmp_path: Path) -> None:
+    hangs = on_request("__import__('re').match('(a+)+$', 'a' * 60 + 'b')")
+    async with running(hangs, tmp_path, predict_timeout_s=0.5) as runner:
+        client = runner.client()
+        with pytest.raises(RunnerGoneError):
+            await client.infer({"input": np.zeros((1, 3))}, timeout_s=30)
+        assert await asyncio.wait_for(runner.wait_exit(), 30) == RunnerExit(1)
+        assert "Timeout" in runner.log_tail()
+        await client.close()
+
+
+async def test_a_model_that_is_slow_but_not_too_slow_is_let_be(tmp_path: Path) -> None:
+    async with running(on_request("(__import__('time').sleep(0.1), X.sum(1))[1]"), tmp_path, predict_timeout_s=20.0) as runner:
+        client = runner.client()
+        answers = await asyncio.gather(*(client.infer({"input": np.ones((1, 3))}, timeout_s=30) for _ in range(3)))
+        assert [answer.outputs["predict"].tolist() for answer in answers] == [[3.0]] * 3
+        assert all(0.1 <= answer.model_s < 20 for answer in answers)
         await client.close()
 
 

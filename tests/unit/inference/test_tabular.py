@@ -366,3 +366,43 @@ def test_no_damaged_header_does_anything_else_than_be_refused(place, damage):
     body[place : place + len(damage)] = damage
     with suppress(*REFUSALS):
         tabular.parse_npy(body, NAMED)
+
+
+@pytest.mark.parametrize("cell", ["1" * 100_000 + "x", "1." + "1" * 100_000 + "x", " " * 100_000 + "x"])
+def test_a_long_cell_is_refused_without_trying_every_way_to_read_it(cell):
+    with pytest.raises(InvalidInputError, match="row 1, column 1"):
+        tabular.parse_csv(f"{cell},2,3".encode(), NAMED, header=False)
+
+
+def test_a_header_of_very_many_names_is_read_once():
+    names = [f"n{index}" for index in range(200_000)]
+    with pytest.raises(InvalidInputError, match="'n7' is there twice"):
+        tabular.parse_csv((",".join([*names, "n7"]) + "\n" + "1," * 200_000 + "1").encode(), NAMED)
+
+
+CELLS = st.sampled_from(["", "0", "1", "-2", "3.5", "1e3", "+4", ".5", "6.", "007", "nan", " 8 ", "9007199254740993", "x", "1_0", "-0.0"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(CELLS, min_size=3, max_size=3), min_size=1, max_size=4),
+    st.sampled_from(["\n", "\r\n", "\n\n"]),
+    st.booleans(),
+    st.sampled_from([NAMED, UNNAMED, matrix("INT64"), matrix("FP32"), matrix("BOOL")]),
+)
+def test_the_quick_way_to_read_numbers_says_the_same_as_the_slow_one(cells, end, has_header, signature):
+    lines = [["c", "a", "b"], *cells] if has_header else cells
+    body = (end.join(",".join(line) for line in lines) + end).encode()
+
+    def outcome() -> tuple[str, object]:
+        try:
+            return "fits", rows(tabular.parse_csv(body, signature))
+        except InvalidInputError as error:
+            return "refused", error.message
+
+    quick = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tabular, "_parse_numbers", lambda *_: None)
+        slow = outcome()
+    assert quick[0] == slow[0]
+    assert np.array_equal(quick[1], slow[1], equal_nan=True) if quick[0] == "fits" else quick[1] == slow[1]

@@ -17,7 +17,7 @@ def test_a_taken_port_is_a_problem_with_its_holder_and_the_way_out() -> None:
     with socket.socket() as taken:
         taken.bind((processes.LOOPBACK, 0))
         taken.listen()
-        (finding,) = findings("ports", http_port=taken.getsockname()[1])
+        (finding,) = findings("ports", http_port=taken.getsockname()[1], grpc_enabled=False)
     assert finding.level is Level.PROBLEM
     assert "is taken by process" in finding.text
     assert "set GATEWAY_HTTP_PORT" in finding.remedy

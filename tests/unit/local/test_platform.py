@@ -146,6 +146,7 @@ def test_a_detached_up_returns_when_everything_is_ready(tmp_path: Path, monkeypa
         ray_address="127.0.0.1:1",
         kafka_port=_free_port(),
         http_port=_free_port(),
+        grpc_port=_free_port(),
     )
     ready: list[str] = []
     try:

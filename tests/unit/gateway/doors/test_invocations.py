@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from libs.errors import InvalidArgumentError, NotFoundError, NotReadyError, PayloadTooLargeError
+from libs.errors import InvalidArgumentError, MillraceError, NotFoundError, NotReadyError, PayloadTooLargeError
 from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferResponse
 from libs.inference.routing import Route
@@ -230,3 +232,27 @@ async def test_mlflow_s_deployments_client_sees_endpoints(catalog):
     assert json.loads((await handlers["GET", "/api/2.0/endpoints/{endpoint}"](Incoming({"endpoint": "e"}, {}))).body) == shown
     with pytest.raises(NotFoundError):
         await handlers["GET", "/api/2.0/endpoints/{endpoint}"](Incoming({"endpoint": "x"}, {}))
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(
+        ["content_type", "accept", "content_encoding", "accept_encoding", "x_request_timeout_ms", "x_amzn_sagemaker_target_variant"]
+    ),
+    st.one_of(
+        st.sampled_from([*BODIES, "gzip", "*/*", "1", "text/csv;header=absent", "a;q=2"]),
+        st.text(st.characters(max_codepoint=127), max_size=30),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(HEADERS, st.one_of(st.sampled_from([*BODIES.values()]), st.binary(max_size=60)))
+def test_no_request_does_anything_else_than_fit_or_be_the_callers_fault(headers, body):
+    catalog = catalog_of(endpoint("e.m.1", **{"e.m.1": 100}), deployment("e.m.1"))
+    try:
+        answer(ask(catalog, body, **headers))
+    except MillraceError as error:
+        status = int(error.http_status)
+    else:
+        status = 200
+    assert status in (200, 400, 404, 406, 413, 415)

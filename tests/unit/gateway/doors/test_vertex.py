@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from libs.errors import InvalidArgumentError, NotFoundError, PayloadTooLargeError
+from libs.errors import InvalidArgumentError, MillraceError, NotFoundError, PayloadTooLargeError
 from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferResponse
 from libs.inference.routing import Route
@@ -220,3 +222,27 @@ async def test_google_s_sdk_can_read_the_endpoint():
     assert [(model["id"], model["model"], model["modelVersionId"]) for model in shown["deployedModels"]] == [("e.m.1", MODEL, "1")]
     with pytest.raises(NotFoundError):
         await show(Incoming({**PLACE, "endpoint": "x"}, {}))
+
+
+WRAPPED = st.builds(
+    lambda content_type, data: predict(httpBody={"contentType": content_type, "data": base64.b64encode(data).decode()}),
+    st.sampled_from(["application/json", "text/csv", "", "text/csv; header=absent", "application/json; charset=x"]),
+    st.one_of(st.sampled_from([*RAW_BODIES.values()]), st.binary(max_size=40)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([PREDICT, RAW]),
+    st.one_of(WRAPPED, st.sampled_from([*RAW_BODIES.values()]), st.binary(max_size=60)),
+    st.sampled_from(["application/json", "text/csv", "application/x-npy", "", "x", "text/csv; header=yes"]),
+    st.sampled_from(["", "*/*", "text/csv", "application/x-npy", "x"]),
+)
+def test_no_request_does_anything_else_than_fit_or_be_the_callers_fault(path, body, content_type, accept):
+    try:
+        answer(ask(path, body, content_type=content_type, accept=accept))
+    except MillraceError as error:
+        status = int(error.http_status)
+    else:
+        status = 200
+    assert status in (200, 400, 406, 413, 415)

@@ -1,0 +1,156 @@
+"""Reads the prediction log from Kafka."""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Message as KafkaRecord
+
+from libs.cli.errors import CommandError, UsageError
+from libs.messaging.records import Record
+from schemas.topics import PREDICTIONS
+
+METADATA_TIMEOUT_S = 10.0
+SILENCE_S = 30.0
+"""Longest time a broker may say nothing while there is more to read."""
+
+_BATCH = 500
+_POLL_S = 0.2
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """A time as people write it: ``15m``, ``1h``, ``7d`` before now, or RFC 3339.
+
+    >>> moment("90s", datetime(2026, 1, 1, 12, tzinfo=UTC)).isoformat()
+    '2026-01-01T11:58:30+00:00'
+    >>> moment("2026-01-01T10:00:00Z", datetime(2026, 1, 1, tzinfo=UTC)).hour
+    10
+    """
+    number, unit = text[:-1], text[-1:]
+    if unit in _UNITS and number.isascii() and number.isdigit() and len(number) < 9:
+        return now - timedelta(seconds=int(number) * _UNITS[unit])
+    try:
+        given = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no time: write 15m, 1h, 7d, or 2026-01-31T12:00:00Z") from error
+    return given if given.tzinfo else given.replace(tzinfo=UTC)
+
+
+class LogReader:
+    """A consumer of ``millrace.predictions`` that is in no group's way and commits nothing.
+
+    Raises
+    ------
+    CommandError
+        When the broker cannot be reached, or has no such topic.
+    """
+
+    def __init__(self, bootstrap_servers: str) -> None:
+        self._servers = bootstrap_servers
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": bootstrap_servers,
+                "group.id": "millrace-cli",
+                "enable.auto.commit": False,
+                "enable.partition.eof": False,
+                "isolation.level": "read_committed",
+                "log_level": 0,
+            }
+        )
+
+    def __enter__(self) -> "LogReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close()
+
+    def until_now(self, since: datetime | None) -> Iterator[Record]:
+        """Everything written from ``since`` (None: the beginning) to the moment of the call, in order within each partition."""
+        ends = {place.partition: self._watermarks(place)[1] for place in self._partitions()}
+        begins = self._begins(since, ends)
+        left = {number: ends[number] for number, begin in begins.items() if begin < ends[number]}
+        self._consumer.assign([TopicPartition(PREDICTIONS.name, number, begins[number]) for number in left])
+        deadline = time.monotonic() + SILENCE_S
+        while left:
+            for record in self._consumed():
+                deadline = time.monotonic() + SILENCE_S
+                if record.offset < ends[record.partition]:
+                    yield record
+            left = {number: end for number, end in left.items() if self._position(number) < end}
+            if time.monotonic() > deadline:
+                raise CommandError(f"the broker at {self._servers} has not given the rest of {PREDICTIONS.name} for {SILENCE_S:.0f} s")
+
+    def from_now(self) -> Iterator[Record]:
+        """What is written from now on, until the caller has enough."""
+        self._consumer.assign(
+            [TopicPartition(PREDICTIONS.name, place.partition, self._watermarks(place)[1]) for place in self._partitions()]
+        )
+        while True:
+            yield from self._consumed()
+
+    def _consumed(self) -> Iterator[Record]:
+        for message in self._consumer.consume(_BATCH, timeout=_POLL_S):
+            error = message.error()
+            if error is None:
+                yield _record(message)
+            elif not error.retriable() and error.code() != KafkaError._PARTITION_EOF:
+                raise CommandError(f"{PREDICTIONS.name} cannot be read from {self._servers}: {error.str()}")
+
+    def _partitions(self) -> list[TopicPartition]:
+        try:
+            topic = self._consumer.list_topics(PREDICTIONS.name, timeout=METADATA_TIMEOUT_S).topics[PREDICTIONS.name]
+        except KafkaException as error:
+            raise CommandError(f"the broker at {self._servers} does not answer: {error.args[0].str()}") from error
+        if not topic.partitions:
+            raise CommandError(f"there is no topic {PREDICTIONS.name} at {self._servers}; `millrace up` makes it")
+        return [TopicPartition(PREDICTIONS.name, number) for number in topic.partitions]
+
+    def _watermarks(self, place: TopicPartition) -> tuple[int, int]:
+        try:
+            low, high = self._consumer.get_watermark_offsets(place, timeout=METADATA_TIMEOUT_S)
+        except KafkaException as error:
+            raise CommandError(f"{PREDICTIONS.name} cannot be read from {self._servers}: {error.args[0].str()}") from error
+        return low, high
+
+    def _begins(self, since: datetime | None, ends: dict[int, int]) -> dict[int, int]:
+        lows = {number: self._watermarks(TopicPartition(PREDICTIONS.name, number))[0] for number in ends}
+        if since is None:
+            return lows
+        at_ms = max(0, int(since.timestamp() * 1000))
+        try:
+            found = self._consumer.offsets_for_times(
+                [TopicPartition(PREDICTIONS.name, number, at_ms) for number in ends], METADATA_TIMEOUT_S
+            )
+        except KafkaException:
+            # The embedded broker cannot look times up; it keeps little, so all of it is read.
+            return lows
+        return {
+            place.partition: lows[place.partition]
+            if place.offset == OFFSET_BEGINNING
+            else place.offset
+            if place.offset >= 0
+            else ends[place.partition]
+            for place in found
+        }
+
+    def _position(self, partition: int) -> int:
+        (place,) = self._consumer.position([TopicPartition(PREDICTIONS.name, partition)])
+        return int(place.offset)
+
+
+def _record(message: KafkaRecord) -> Record:
+    headers = message.headers() or []
+    pairs = headers.items() if isinstance(headers, dict) else headers
+    named = tuple((name, value if isinstance(value, bytes) else str(value).encode()) for name, value in pairs if value is not None)
+    key, value = message.key(), message.value()
+    return Record(
+        PREDICTIONS.name,
+        key.encode() if isinstance(key, str) else key,
+        value.encode() if isinstance(value, str) else value,
+        named,
+        message.partition() or 0,
+        message.offset() or 0,
+        message.timestamp()[1],
+    )
