@@ -6,7 +6,7 @@ TESTS ?=
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo up down test integration check format bench schemas lock servers hooks clean
+.PHONY: help setup demo up down test integration check format bench conformance schemas proto lock servers hooks clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1    \2/p' $(MAKEFILE_LIST)
@@ -46,6 +46,7 @@ check: setup ## Format, lint, types, import rules, contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m schemas.generate --check
+	@$(BIN)/python -m libs.inference.oip_proto.generate --check
 	@$(BIN)/python -m libs.settings_tables --check
 
 format: setup ## Format and fix what can be fixed
@@ -54,9 +55,15 @@ format: setup ## Format and fix what can be fixed
 bench: setup ## Measure: start-up, upload to prediction, idle cost, rebuild
 	@$(BIN)/python -m benchmarks
 
+conformance: setup ## Try the published protocols out on Millrace, MLServer and KServe; writes docs/conformance.md
+	@$(BIN)/python -m tests.conformance --table docs/conformance.md
+
 schemas: setup ## Rewrite what is generated: snapshots, AsyncAPI document, event reference, settings tables
 	@$(BIN)/python -m schemas.generate
 	@$(BIN)/python -m libs.settings_tables
+
+proto: setup ## Generate the Python of the .proto files
+	@$(BIN)/python -m libs.inference.oip_proto.generate
 
 lock: ## Resolve the dependencies again
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --output-file requirements.lock

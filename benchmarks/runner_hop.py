@@ -5,11 +5,16 @@
 A real runner in its cage, one client. ``serial``: one row, the next request when the answer is there. ``pipelined``: 32 requests of one row
 on their way at any time. ``batches``: 1000 rows of 30 numbers each, one after the other. Figures in brackets are the same calls of
 ``predict`` without a runner. The goal: a serial round trip costs at most 60 µs more than the model's own predict.
+
+Two lines say how much of the difference is the machine's: ``bare echo`` is a round trip of the same bytes between two processes that do
+nothing with them (two wake-ups), and ``predict after a pause`` is the model in this process when it had to wait 100 µs for each request, as it
+does behind a socket (cold caches, a sleeping core).
 """
 
 import argparse
 import asyncio
 import pickle
+import socket
 import sys
 import tempfile
 import time
@@ -30,6 +35,18 @@ from libs.inference.supervisor import RunnerProcess, RunnerSpec
 from libs.runner.cage import CageSpec, platform_layers
 
 GOAL_US = 60.0
+PAUSE_S = 0.0001
+FRAME_BYTES = 180
+"""A request of one 1x4 row; its answer has about as many."""
+
+ECHO = """
+import select, socket, sys
+connection, _ = socket.socket(fileno=int(sys.argv[1])).accept()
+poll = select.epoll()
+poll.register(connection.fileno(), select.EPOLLIN)
+while poll.poll() and (data := connection.recv(65536)):
+    connection.send(data)
+"""
 PIPELINED = 32
 BATCH_ROWS = 1000
 
@@ -48,13 +65,57 @@ def _models(folder: Path) -> dict[str, tuple[Any, Path, Any]]:
     return made
 
 
-def _own(call: Callable[[], object], seconds: float) -> list[float]:
+def _own(call: Callable[[], object], seconds: float, pause_s: float = 0.0) -> list[float]:
     """Seconds of each call, one after the other."""
     taken, end = [], time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end:
+    while time.perf_counter() < end:
+        if pause_s:
+            time.sleep(pause_s)
+        started = time.perf_counter()
         call()
         taken.append(time.perf_counter() - started)
     return sorted(taken)
+
+
+class _Echoed(asyncio.Protocol):
+    """Sends the same bytes again as soon as they are back."""
+
+    def __init__(self, seconds: float) -> None:
+        self.taken: list[float] = []
+        self.over = asyncio.get_running_loop().create_future()
+        self._end = time.perf_counter() + seconds
+        self._started = 0.0
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._ask()
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        self.taken.append(now - self._started)
+        if now < self._end:
+            self._ask()
+        elif not self.over.done():
+            self.over.set_result(None)
+
+    def _ask(self) -> None:
+        self._started = time.perf_counter()
+        self._transport.write(bytes(FRAME_BYTES))
+
+
+async def _echo(folder: Path, seconds: float) -> list[float]:
+    """Seconds of each round trip of as many bytes as a request has."""
+    path = str(folder / "echo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        command = [sys.executable, "-c", ECHO, str(listener.fileno())]
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=(listener.fileno(),))
+        transport, protocol = await asyncio.get_running_loop().create_unix_connection(lambda: _Echoed(seconds), path)
+        await protocol.over
+        transport.close()
+        await process.wait()
+    return sorted(protocol.taken)
 
 
 async def _serial(client: RunnerClient, rows: Any, seconds: float) -> tuple[list[float], list[float]]:
@@ -139,6 +200,9 @@ async def _measure(folder: Path, seconds: float, transport: str) -> None:
             serial, inside = await _serial(client, x, seconds)
             if name == "iris":
                 rows += _one_row(serial, inside, await _sent(client, x, seconds), own)
+                rows.append(["bare echo, p50", f"{_at(await _echo(folder, seconds), 0.5):.0f} µs", "", ""])
+                waiting = _own(lambda model=model, x=x: model.predict(x), seconds, PAUSE_S)
+                rows.append(["predict after a pause, p50", "", f"({_at(waiting, 0.5):.0f})", ""])
                 rate = await _pipelined(client, x, seconds)
                 rows.append([f"pipelined 1x4, {PIPELINED} at once", f"{rate:,.0f} requests/s", f"({1 / (sum(own) / len(own)):,.0f})", ""])
             else:

@@ -61,6 +61,7 @@ _WARM_UP_S = 1.0
 _ANSWERS_S = 60.0
 """How long a server that says it is ready may still answer wrongly or not at all."""
 
+_OVERLOAD_S = 10.0
 _SAMPLE_S = 2.0
 _POINT: Mapping[str, Point] = {point.name: point for point in POINTS}
 
@@ -262,7 +263,7 @@ def measure_overload(bench: Bench) -> None:
         bench.results.overload = []
         for deadline_ms in (0, 1_000):
             for times in (1.0, 3.0):
-                found = overload.measured(request, capacity, times, deadline_ms, max(6.0, 2 * bench.options.seconds), bench.folder)
+                found = overload.measured(request, capacity, times, deadline_ms, max(_OVERLOAD_S, 2 * bench.options.seconds), bench.folder)
                 _say(f"{times:g} × capacity, deadline {deadline_ms} ms: {found}")
                 bench.results.overload.append(found)
 

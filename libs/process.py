@@ -3,13 +3,16 @@
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
 
 from libs import lifecycle, telemetry
 from libs.errors import ConfigurationError, MillraceError
 from libs.lifecycle import Component
+from libs.metrics import PROCESS
+from libs.metrics.exposition import of
+from libs.metrics.server import MetricsServer
 from libs.settings import ProcessSettings, TelemetrySettings
 
 
@@ -21,6 +24,14 @@ class ServiceSettings(Protocol):
 
     @property
     def telemetry(self) -> TelemetrySettings: ...
+
+
+@runtime_checkable
+class MeasuredSettings(Protocol):
+    """What the settings of a service have that shows ``/metrics`` on a port of its own."""
+
+    @property
+    def metrics_port(self) -> int: ...
 
 
 S = TypeVar("S", bound=ServiceSettings)
@@ -64,7 +75,7 @@ def run_service(
 
     async def run() -> None:
         # Built inside the loop: some clients bind to it when they are made.
-        await lifecycle.run(build(settings), settings.process.ready_file)
+        await lifecycle.run([*_metrics_server(settings), *build(settings)], settings.process.ready_file)
 
     provider = telemetry.configure(name, settings.telemetry)
     try:
@@ -73,3 +84,9 @@ def run_service(
         sys.exit(f"{name}: {error}")
     finally:
         provider.shutdown()
+
+
+def _metrics_server(settings: ServiceSettings) -> list[Component]:
+    if not isinstance(settings, MeasuredSettings):
+        return []
+    return [MetricsServer(of(PROCESS), settings.process.metrics_host, settings.metrics_port)]

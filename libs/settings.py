@@ -63,9 +63,14 @@ class RunnerSettings(BaseSettings):
 class ProcessSettings(BaseSettings):
     """What the process that supervises a service wants of it; read from ``MILLRACE_*``."""
 
-    model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="MILLRACE_", frozen=True, populate_by_name=True)
 
     home: Path = Field(Path(".millrace"), description="Directory that holds the state of the platform on this machine.")
+    metrics_host: str = Field(
+        "127.0.0.1",
+        validation_alias=AliasChoices("METRICS_HOST"),
+        description="Address on which services without a door of their own show /metrics.",
+    )
     ready_file: Path | None = Field(None, description="File to write the process id to once the service is ready.")
 
 

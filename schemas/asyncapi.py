@@ -128,7 +128,7 @@ def _inference_messages() -> dict[str, Any]:
         "inference.request": {
             "name": "inference.request",
             "title": "InferenceRequest",
-            "summary": "A V1 (`instances`) or V2 (`inputs`) request body; the record's key is the request id.",
+            "summary": "A V1 (`instances`) or V2 (`inputs`) request body, or a V2 request in protobuf or with binary tensors.",
             "payload": {"type": "object"},
             "examples": [{"name": "v1", "payload": {"instances": [[5.1, 3.5, 1.4, 0.2]]}}],
         },

@@ -47,7 +47,11 @@ class Signature(Contract):
 
 
 class InferenceResult(Contract):
-    """One record of ``millrace.inference.<endpoint>.results``: exactly one of ``predictions`` and ``error`` is set."""
+    """One JSON record of ``millrace.inference.<endpoint>.results``: exactly one of ``predictions``, ``outputs`` and ``error`` is set.
+
+    A request in the V1 form is answered with ``predictions``; one in the V2 form with ``outputs``, so that the whole is a V2 response, too
+    (its ``model_version`` is text there). A request in protobuf or with binary tensors is answered in kind, unless it failed.
+    """
 
     request_id: str
     endpoint_name: str
@@ -57,4 +61,6 @@ class InferenceResult(Contract):
     predictions: Any = Field(
         default=None, description="Rows; an object of tensors when several outputs of different lengths were asked for."
     )
+    outputs: tuple[dict[str, Any], ...] | None = Field(default=None, description="V2 tensors: name, datatype, shape, data.")
+    id: str | None = Field(default=None, description="The id in the body of a V2 request.")
     error: str | None = None

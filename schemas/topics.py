@@ -95,7 +95,7 @@ STATE_ENDPOINTS = Topic(
     "endpoint",
     (registry.EndpointSnapshot,),
     ("registry",),
-    ("registry", "gateway", "serving"),
+    ("registry", "gateway", "streaming"),
     retention_ms=None,
 )
 STATE_DEPLOYMENTS = Topic(
@@ -103,7 +103,7 @@ STATE_DEPLOYMENTS = Topic(
     "deployment",
     (registry.DeploymentSnapshot,),
     ("registry",),
-    ("registry", "gateway", "serving"),
+    ("registry", "gateway", "serving", "streaming"),
     retention_ms=None,
 )
 PREDICTIONS = Topic(
@@ -138,13 +138,13 @@ INFERENCE_PARTITIONS = 4
 
 
 def inference_requests(endpoint_name: str) -> Topic:
-    """Streaming inference in: one record per request, keyed by request id."""
-    return Topic(f"millrace.inference.{endpoint_name}.requests", "request id", (), ("anyone",), ("serving",), INFERENCE_PARTITIONS)
+    """Streaming inference in: one record per request; records of one key are answered in order."""
+    return Topic(f"millrace.inference.{endpoint_name}.requests", "any", (), ("anyone",), ("streaming",), INFERENCE_PARTITIONS)
 
 
 def inference_results(endpoint_name: str) -> Topic:
-    """Streaming inference out: one record per request, keyed by request id."""
-    return Topic(f"millrace.inference.{endpoint_name}.results", "request id", (), ("serving",), ("anyone",), INFERENCE_PARTITIONS)
+    """Streaming inference out: one record per request, under its key, written in transactions."""
+    return Topic(f"millrace.inference.{endpoint_name}.results", "the request's", (), ("streaming",), ("anyone",), INFERENCE_PARTITIONS)
 
 
 PAYLOADS: dict[str, type[Payload]] = {payload.event_type: payload for topic in TOPICS for payload in topic.payloads}

@@ -9,6 +9,9 @@ import orjson
 from libs.inference.errors import InvalidInputError, printable
 from schemas.inference import Signature
 
+MAX_CONTAINERS = 2_000_000
+"""Lists and objects of one body: empty ones take two bytes of JSON, and sixty of memory once they are parsed."""
+
 _MOST_NESTED = 32
 _MANY_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
@@ -20,28 +23,31 @@ def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
     Raises
     ------
     InvalidInputError
-        Empty, not JSON (also NaN, Infinity, numbers beyond float64, and bytes that are not UTF-8), not an object, or a name given twice.
+        Empty, not JSON (also NaN, Infinity, numbers beyond float64, and bytes that are not UTF-8), not an object, a name given twice, or
+        more than ``MAX_CONTAINERS`` lists and objects.
     """
     if not body:
         raise InvalidInputError("the request body is empty")
+    if len(body) > MAX_CONTAINERS and _count(body, b"[") + _count(body, b"{") > MAX_CONTAINERS:
+        raise InvalidInputError(f"the request body has more than {MAX_CONTAINERS} lists and objects")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidInputError(f"the request body is not valid JSON: {error}") from error
     if type(document) is not dict:
         raise InvalidInputError("the request body must be a JSON object")
-    colons = _colons(body)
+    colons = _count(body, b":")  # in JSON, one for each name that is given, and those within strings
     if colons != len(document) and colons != _names(document, _MOST_NESTED):
         _refuse_duplicates(document, body, colons)
     return document
 
 
-def _colons(body: bytes | bytearray | memoryview) -> int:
-    """Colons of a text: in JSON, one for each name that is given, and those within strings."""
+def _count(body: bytes | bytearray | memoryview, character: bytes) -> int:
+    """How often an ASCII character is in a text."""
     if len(body) < _MANY_BYTES and not isinstance(body, memoryview):
-        return body.count(b":")
-    values = np.frombuffer(body, np.uint8)
-    return sum(int(np.count_nonzero(values[start : start + _CHUNK_BYTES] == 0x3A)) for start in range(0, values.size, _CHUNK_BYTES))
+        return body.count(character)
+    values, code = np.frombuffer(body, np.uint8), character[0]
+    return sum(int(np.count_nonzero(values[start : start + _CHUNK_BYTES] == code)) for start in range(0, values.size, _CHUNK_BYTES))
 
 
 def _refuse_duplicates(document: dict[str, Any], body: bytes | bytearray | memoryview, colons: int) -> None:
@@ -51,7 +57,7 @@ def _refuse_duplicates(document: dict[str, Any], body: bytes | bytearray | memor
     after names, by writing the document again. Only what then still differs (or could, by escaped colons) is parsed anew, slowly.
     """
     try:
-        if colons == _colons(orjson.dumps(document)) and b"\\u003" not in bytes(body):
+        if colons == _count(orjson.dumps(document), b":") and b"\\u003" not in bytes(body):
             return
     except orjson.JSONEncodeError as error:
         raise InvalidInputError("the request body is nested too deeply") from error

@@ -380,14 +380,9 @@ def _meta(fields: Mapping[str, Any]) -> bytes:
 
 
 def _infer_meta(timeout_s: float | None, traceparent: str | None) -> bytes:
-    if timeout_s is None and traceparent is None:
-        return b'"op":"infer"}'
-    meta: dict[str, Any] = {"op": "infer"}
-    if timeout_s is not None:
-        meta["timeout_ms"] = max(0, math.ceil(timeout_s * 1000))
-    if traceparent is not None:
-        meta["traceparent"] = traceparent
-    return _meta(meta)
+    timeout = b"" if timeout_s is None else b',"timeout_ms":%d' % max(0, math.ceil(timeout_s * 1000))
+    trace = b"" if traceparent is None else b',"traceparent":%b' % orjson.dumps(traceparent)
+    return b'"op":"infer"%b%b}' % (timeout, trace)
 
 
 @lru_cache(maxsize=REMEMBERED_HEADS)

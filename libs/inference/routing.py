@@ -23,6 +23,10 @@ class NoReplicaError(NotReadyError):
     """Deployments that should answer have no live replica at this moment; one may appear soon."""
 
 
+class NothingDeployedError(NotReadyError):
+    """The endpoint exists and nothing is deployed to it: nobody will answer before somebody deploys."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """A choice: the deployment, and its live replicas in the order to try them."""
@@ -155,7 +159,7 @@ class RoutingTable:
             wanted = deployments
             weights = [float(traffic.get(deployment.deployment_id, 0)) for deployment in wanted]
             if not any(weights):
-                raise NotReadyError(_nothing_ready(endpoint_name, deployments))
+                raise (NotReadyError if deployments else NothingDeployedError)(_nothing_ready(endpoint_name, deployments))
         live = [
             (deployment, weight)
             for deployment, weight in zip(wanted, weights, strict=True)

@@ -134,7 +134,7 @@ def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tup
     if not isinstance(datatype, str) or (datatype not in NUMPY_DTYPES and datatype != "BF16"):
         shown = repr(datatype[:40]) if isinstance(datatype, str) else show(datatype)
         raise InvalidInputError(f"{what} has datatype {shown}, which is not one of {_DATATYPES}")
-    shape = _read_shape(item.get("shape"), spec, what)
+    shape = read_shape(item.get("shape"), spec, what)
     if datatype != spec.datatype and "BYTES" in (datatype, spec.datatype):
         raise InvalidInputError(f"{what} expects {spec.datatype.value}, got {datatype}")
     parameters = item.get("parameters")
@@ -146,13 +146,14 @@ def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tup
     elif "data" in item:
         raise InvalidInputError(f"{what} has both 'data' and a binary_data_size")
     else:
-        array, rest = _from_bytes(datatype, shape, rest[:size], what), rest[size:]
+        array, rest = tensor_from_bytes(datatype, shape, rest[:size], what), rest[size:]
     if datatype != spec.datatype:
-        array = _converted(array, datatype, spec, what)
+        array = converted(array, datatype, spec, what)
     return array, rest
 
 
-def _read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
+def read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
+    """The shape that an input announces, which must be one of the signature's."""
     if type(shape) is not list:
         raise InvalidInputError(f"{what} needs a shape of non-negative integers")
     if len(shape) <= MAX_DIMENSIONS:
@@ -183,7 +184,8 @@ def _from_json(item: dict[str, Any], datatype: str, shape: tuple[int, ...], what
     return array.reshape(shape)
 
 
-def _from_bytes(datatype: str, shape: tuple[int, ...], data: memoryview, what: str) -> Array:
+def tensor_from_bytes(datatype: str, shape: tuple[int, ...], data: memoryview, what: str) -> Array:
+    """A tensor from raw bytes; BF16 becomes FP32. Raises ``InvalidInputError``."""
     count = math.prod(shape)
     if datatype == "BYTES":
         return _strings(count, shape, data, what)
@@ -207,7 +209,8 @@ def _strings(count: int, shape: tuple[int, ...], data: memoryview, what: str) ->
         raise InvalidInputError(str(error).replace("tensor ''", what)) from error
 
 
-def _converted(array: Array, datatype: str, spec: TensorSpec, what: str) -> Array:
+def converted(array: Array, datatype: str, spec: TensorSpec, what: str) -> Array:
+    """An input of another datatype than the model's in the model's; raises ``InvalidInputError`` where that is not exact."""
     target = NUMPY_DTYPES[spec.datatype]
     if datatype == "BF16" and target.kind != "f":
         raise InvalidInputError(f"{what} expects {spec.datatype.value}, got BF16")

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from libs.inference import v2
 from libs.inference.bodies import requested_outputs
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from libs.inference.requests import InferRequest, InferResponse
-from libs.inference.tensors import MAX_DIMENSIONS, Array, check_shape, convert, show_shape
-from libs.runner.wire import NUMPY_DTYPES, Arrays, WireError, datatype_of, decode_tensor, encode_tensor
+from libs.inference.tensors import Array, convert, show_shape
+from libs.runner.wire import NUMPY_DTYPES, Arrays, datatype_of, encode_tensor
 from schemas.inference import Signature, TensorSpec
 
 CONTENT_TYPE = "application/vnd.oip.v2+protobuf"
@@ -122,10 +123,13 @@ def read_response(body: bytes) -> InferResponse:
     except DecodeError as error:
         raise InvalidInputError("the answer is not a serialised ModelInferResponse") from error
     raw = message.raw_output_contents
-    outputs = {
-        tensor.name: _from_raw(tensor, f"output '{tensor.name}'", raw[place]) if raw else _from_typed(tensor, f"output '{tensor.name}'")
-        for place, tensor in enumerate(message.outputs)
-    }
+    outputs: Arrays = {}
+    for place, tensor in enumerate(message.outputs):
+        what, shape = f"output '{tensor.name}'", tuple(tensor.shape)
+        if raw:
+            outputs[tensor.name] = v2.tensor_from_bytes(tensor.datatype, shape, memoryview(raw[place]), what)
+        else:
+            outputs[tensor.name] = _from_typed(tensor, shape, what)
     return InferResponse(outputs)
 
 
@@ -153,49 +157,29 @@ def _read_inputs(message: ModelInferRequest, signature: Signature, raw: Sequence
 
 def _read_input(tensor: Tensor, spec: TensorSpec, raw: bytes | None) -> Array:
     what, datatype = f"input '{spec.name}'", tensor.datatype
-    if datatype not in NUMPY_DTYPES:
-        raise InvalidInputError(f"{what} has datatype '{printable(datatype, 40)}', which is not one of {', '.join(NUMPY_DTYPES)}")
+    if datatype not in NUMPY_DTYPES and datatype != "BF16":
+        raise InvalidInputError(f"{what} has datatype '{printable(datatype, 40)}', which is not one of {', '.join(NUMPY_DTYPES)}, BF16")
+    shape = v2.read_shape(list(tensor.shape), spec, what)
     wanted = spec.datatype.value
     if datatype != wanted and "BYTES" in (datatype, wanted):
         raise InvalidInputError(f"{what} expects {wanted}, got {datatype}")
     if raw is None:
-        array = _from_typed(tensor, what)
+        array = _from_typed(tensor, shape, what)
+    elif tensor.HasField("contents"):
+        raise InvalidInputError(f"{what} has contents although the request has raw_input_contents")
     else:
-        if tensor.HasField("contents"):
-            raise InvalidInputError(f"{what} has contents although the request has raw_input_contents")
-        array = _from_raw(tensor, what, raw)
-    if datatype != wanted:
-        array = convert(array, NUMPY_DTYPES[wanted], wanted, what)
-    return check_shape(array, spec)
+        array = v2.tensor_from_bytes(datatype, shape, memoryview(raw), what)
+    return array if datatype == wanted else v2.converted(array, datatype, spec, what)
 
 
-def _shape(tensor: Tensor, what: str) -> tuple[int, ...]:
-    shape = tuple(tensor.shape)
-    if len(shape) > MAX_DIMENSIONS or (shape and min(shape) < 0):
-        raise InvalidInputError(f"{what} needs a shape of at most {MAX_DIMENSIONS} non-negative numbers, got {show_shape(shape)}")
-    return shape
-
-
-def _from_raw(tensor: Tensor, what: str, raw: bytes) -> Array:
-    shape = _shape(tensor, what)
-    if 0 in shape:
-        raise InvalidInputError(f"{what} is empty: its shape is {show_shape(shape)}")
-    try:
-        return decode_tensor(tensor.name, tensor.datatype, shape, memoryview(raw))
-    except WireError as error:
-        raise InvalidInputError(str(error)) from error
-
-
-def _from_typed(tensor: Tensor, what: str) -> Array:
-    shape, datatype = _shape(tensor, what), tensor.datatype
+def _from_typed(tensor: Tensor, shape: tuple[int, ...], what: str) -> Array:
+    datatype = tensor.datatype
     field = _FIELDS.get(datatype)
     if field is None:
         raise InvalidInputError(f"{what} is {datatype}, which has no typed contents; send it in raw_input_contents")
     values = getattr(tensor.contents, field)
     if len(values) != math.prod(shape):
         raise InvalidInputError(f"{what}: {field} has {len(values)} elements, shape {show_shape(shape)} needs {math.prod(shape)}")
-    if not values:
-        raise InvalidInputError(f"{what} is empty: its shape is {show_shape(shape)}")
     if datatype == "BYTES":
         array = np.empty(len(values), dtype=object)
         array[:] = list(values)

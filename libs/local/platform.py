@@ -29,7 +29,7 @@ from libs.local.settings import BrokerChoice, LocalSettings, inherited_environme
 from libs.local.supervisor import Event, Part, Running, State, Supervisor
 from libs.settings import KafkaSettings
 
-SERVICES = ("registry", "validator", "builder", "serving", "gateway")
+SERVICES = ("registry", "validator", "builder", "serving", "streaming", "gateway")
 _STOP_TIMEOUT_S = 60.0
 
 

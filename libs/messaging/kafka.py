@@ -12,6 +12,8 @@ from libs.errors import TransientError
 from libs.messaging.broker import Offsets, TransactionalProducer
 from libs.messaging.errors import FencedError
 from libs.messaging.records import MAX_RECORD_BYTES, Record, TopicPartition, refuse_oversized
+from libs.metrics import PROCESS
+from libs.metrics.definitions import BROKER_ERRORS
 from libs.settings import KafkaSettings
 
 _STOP_S = 5.0
@@ -37,6 +39,7 @@ class _KafkaClient:
         except (ProducerFenced, InvalidProducerEpoch) as error:
             raise FencedError(f"{doing} was refused: another instance with the same transactional id has taken over") from error
         except (KafkaError, TimeoutError) as error:
+            PROCESS.counter(BROKER_ERRORS, type(error).__name__).value += 1
             raise TransientError(f"{doing} at {self._settings.bootstrap_servers} failed: {error!r}") from error
 
 

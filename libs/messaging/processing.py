@@ -19,6 +19,8 @@ from libs.messaging.dead_letter import dead_letter
 from libs.messaging.publishing import publish_span
 from libs.messaging.records import Record, refuse_oversized
 from libs.messaging.retry import Retry, keep_trying
+from libs.metrics import PROCESS, Metrics
+from libs.metrics.definitions import DEAD_LETTERS, EVENT_SECONDS, EVENTS_HANDLED
 from schemas.base import Payload
 from schemas.topics import TOPICS
 
@@ -73,8 +75,10 @@ class Processor:
         dead_letter_unknown: Collection[str] = (),
         retry: Retry | None = None,
         clock: Clock = cloudevents.utc_now,
+        metrics: Metrics = PROCESS,
     ) -> None:
         self._service = service
+        self._metrics = metrics
         self._handlers = {payload.event_type: handler for payload, handler in handlers.items()}
         self._dead_letter_unknown = frozenset(dead_letter_unknown)
         self._clock = clock
@@ -141,7 +145,10 @@ class Processor:
             # A dead letter is not remembered: it may be replayed, with the same id.
             self._seen.add(event)
             outcome = "ok"
-        fields = {"outcome": outcome, "duration_s": round(time.perf_counter() - started, 4)}
+        duration_s = time.perf_counter() - started
+        self._metrics.counter(EVENTS_HANDLED, self._service, event.type, outcome.replace("-", "_")).value += 1
+        self._metrics.histogram(EVENT_SECONDS, self._service, event.type).observe(duration_s)
+        fields = {"outcome": outcome, "duration_s": round(duration_s, 4)}
         log.info("handled %s", event.type, extra={"fields": fields})
         return records
 
@@ -159,6 +166,7 @@ class Processor:
         return cloudevents.write(event)
 
     def _dead(self, record: Record, error: MillraceError) -> Record:
+        self._metrics.counter(DEAD_LETTERS, self._service, record.topic).value += 1
         log.warning("dead-lettered %s-%d offset %d: %s", record.topic, record.partition, record.offset, error)
         return dead_letter(record, error, self._service, self._clock())
 

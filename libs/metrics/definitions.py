@@ -155,7 +155,10 @@ DEPLOYMENTS = _gauge("millrace_deployments", "Deployments, by status.", "status"
 REPLICAS = _gauge("millrace_replicas", "Replicas of a deployment that answer.", "endpoint", "deployment")
 REPLICAS_WANTED = _gauge("millrace_replicas_wanted", "Replicas that a deployment should have.", "endpoint", "deployment")
 RUNNER_RESTARTS = _counter(
-    "millrace_runner_restarts_total", "Runners that were started after the first of a replica.", "endpoint", "deployment"
+    "millrace_runner_restarts_total",
+    "Replicas that joined a deployment while it ran: a runner or its replica was started again.",
+    "endpoint",
+    "deployment",
 )
 RECONCILE_FAILURES = _counter("millrace_reconcile_failures_total", "Attempts at making Ray Serve equal the desired state that failed.")
 

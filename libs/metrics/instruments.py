@@ -88,7 +88,7 @@ class Metrics:
         self._counters: dict[tuple[Metric, Labels], Counter] = {}
         self._gauges: dict[tuple[Metric, Labels], Gauge] = {}
         self._histograms: dict[tuple[Metric, Labels], Histogram] = {}
-        self._watched: list[tuple[Metric, Callable[[], Iterable[tuple[Labels, float]]]]] = []
+        self._watched: dict[Metric, Callable[[], Iterable[tuple[Labels, float]]]] = {}
         self._before: list[Callable[[], None]] = []
 
     def counter(self, metric: Metric, *labels: str) -> Counter:
@@ -112,7 +112,7 @@ class Metrics:
     def watch(self, metric: Metric, read: Callable[[], Iterable[tuple[Labels, float]]]) -> None:
         """Have a gauge read when somebody looks, instead of kept up to date: all its label values with their values."""
         self._check(metric, Kind.GAUGE)
-        self._watched.append((metric, read))
+        self._watched[metric] = read
 
     def before_reading(self, settle: Callable[[], None]) -> None:
         """Have something done each time before the instruments are read: what was put off gets counted."""
@@ -131,7 +131,7 @@ class Metrics:
             yield Sample(metric, labels, gauge.value)
         for (metric, labels), histogram in list(self._histograms.items()):
             yield Sample(metric, labels, histogram.total, tuple(histogram.counts))
-        for metric, read in self._watched:
+        for metric, read in self._watched.items():
             for labels, value in read():
                 yield Sample(metric, labels, value)
 

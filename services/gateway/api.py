@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect
 
 from libs.errors import InvalidArgumentError, MillraceError, PayloadTooLargeError
 from services.gateway import bodies
+from services.gateway.error_bodies import error_answer
 from services.gateway.errors import InternalError
-from services.gateway.exchange import TOLD, error_answer
+from services.gateway.exchange import TOLD
 from services.gateway.handlers import Answer, Management
 from services.gateway.journal import EventFilter
 from services.gateway.validation import sentence
@@ -233,7 +234,7 @@ def _error(request: Request, error: MillraceError) -> Response:
 
 
 def _error_response(error: MillraceError) -> Response:
-    answer = error_answer(error)
+    answer = error_answer(error, "/api/v1")
     headers = {name.decode(): value.decode() for name, value in answer.headers}
     return Response(answer.body, answer.status, headers, media_type="application/json")
 

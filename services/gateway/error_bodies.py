@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from libs.errors import MillraceError
 from libs.inference.errors import ModelError
+from libs.inference.routing import NothingDeployedError
 from services.gateway.errors import MethodNotAllowedError
 from services.gateway.exchange import Outgoing, json_answer
 
@@ -69,6 +70,8 @@ def error_answer(error: MillraceError, path: bytes | str) -> Outgoing:
     headers = tuple(_headers(error, status))
     segments = _segments(path)
     if _is_google(segments):
+        if isinstance(error, NothingDeployedError):
+            return json_answer(_google(error, 400, "FAILED_PRECONDITION"), 400)
         return json_answer(_google(error, status), status, headers)
     if _is_scoring(segments):
         return json_answer(_mlflow(error, status), status, (*headers, (b"x-amzn-errortype", _sagemaker_type(error, status).encode())))
@@ -100,8 +103,8 @@ def _is_scoring(segments: list[str]) -> bool:
     return segments[0] in _SCORING or segments[:3] == ["api", "2.0", "endpoints"]
 
 
-def _google(error: MillraceError, status: int) -> dict[str, Any]:
-    code = _GOOGLE_CODES.get(status, "INVALID_ARGUMENT" if status < 500 else "UNKNOWN")
+def _google(error: MillraceError, status: int, code: str = "") -> dict[str, Any]:
+    code = code or _GOOGLE_CODES.get(status, "INVALID_ARGUMENT" if status < 500 else "UNKNOWN")
     return {"error": {"code": status, "message": error.message, "status": code}}
 
 

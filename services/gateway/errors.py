@@ -4,7 +4,7 @@ MillraceError
 ├── ForbiddenError          known, or local, and not allowed · 403
 ├── MethodNotAllowedError   the path exists, the method does not · 405
 ├── NotAcceptableError      none of the forms that the caller accepts is known · 406
-├── UnsupportedMediaTypeError  a body of a type that is not taken here · 415
+├── UnsupportedMediaTypeError a body of a type that is not taken here · 415
 ├── ClientGoneError         nobody is left to be told
 ├── LogUnavailableError     an endpoint's log must be complete and cannot be written · 503
 └── InternalError           a bug; what happened is in the log · 500

@@ -1,6 +1,5 @@
 """One HTTP request and its answer, without a framework."""
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +8,7 @@ import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Send
 
-from libs.errors import InvalidArgumentError, MillraceError, PayloadTooLargeError
-from services.gateway.errors import MethodNotAllowedError
+from libs.errors import PayloadTooLargeError
 
 Headers = Mapping[bytes, bytes]
 
@@ -57,18 +55,6 @@ def json_answer(content: Any, status: int = 200, headers: tuple[tuple[bytes, byt
     return Outgoing(orjson.dumps(content), status, headers=headers)
 
 
-def error_answer(error: MillraceError) -> Outgoing:
-    """What an error is in HTTP: its status and ``{"error": sentence}``."""
-    headers: list[tuple[bytes, bytes]] = []
-    if error.http_status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, MethodNotAllowedError):
-        headers.append((b"allow", ", ".join(error.allowed).encode()))
-    if error.retryable:
-        headers.append((b"retry-after", b"1"))
-    return json_answer({"error": error.message}, int(error.http_status), tuple(headers))
-
-
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytearray:
     """The whole body of a request.
 
@@ -97,30 +83,3 @@ def content_length(headers: Headers) -> int:
     """What the header says; 0 when it says nothing."""
     value = headers.get(b"content-length", b"0")
     return int(value) if value.isdigit() else 0
-
-
-def decompressed(body: bytes | bytearray, encoding: str | None, max_bytes: int) -> bytes | bytearray:
-    """The body as it was before ``Content-Encoding`` (gzip, or deflate, which means a zlib stream).
-
-    Raises
-    ------
-    InvalidArgumentError
-        Another encoding, or a body that is not in it.
-    PayloadTooLargeError
-        It grows beyond ``max_bytes``.
-    """
-    if encoding is None or encoding.strip().lower() in ("", "identity"):
-        return body
-    window = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}.get(encoding.strip().lower())
-    if window is None:
-        raise InvalidArgumentError(f"content-encoding {encoding[:40]!r} is not supported; gzip and deflate are")
-    stream = zlib.decompressobj(window)
-    try:
-        content = stream.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise InvalidArgumentError(f"the request body is not {encoding.strip().lower()} data: {error}") from error
-    if len(content) > max_bytes:
-        raise PayloadTooLargeError(f"the decompressed request body is larger than the {max_bytes} bytes accepted")
-    if not stream.eof:
-        raise InvalidArgumentError(f"the request body is not complete {encoding.strip().lower()} data")
-    return content

@@ -198,6 +198,8 @@ class Ledger:
 
     def close(self, *, remove: bool) -> None:
         """Let go of the file; unless it is removed, the next gateway settles it."""
+        if self._file < 0:
+            return
         if remove:
             self.path.unlink(missing_ok=True)
         self._slots = np.empty(0, _SLOT_TYPE)
@@ -205,6 +207,7 @@ class Ledger:
         self._memory.release()
         self._map.close()
         os.close(self._file)
+        self._file = -1
 
     def _displace(self, sequence: int) -> int:
         offset = self._spare.pop() if self._spare else _NOWHERE

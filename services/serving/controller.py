@@ -17,6 +17,8 @@ from libs.messaging.cloudevents import Clock
 from libs.messaging.loop import Loop
 from libs.messaging.publishing import publish_span
 from libs.messaging.retry import Retry, keep_trying
+from libs.metrics import PROCESS, Metrics
+from libs.metrics.definitions import RECONCILE_FAILURES
 from schemas.base import Fact
 from schemas.registry import DeploymentSnapshot, DeploymentStatus
 from services.serving.reconcile import (
@@ -72,7 +74,9 @@ class Controller:
         poll_settled_s: float,
         poll_unsettled_s: float,
         clock: Clock = cloudevents.utc_now,
+        metrics: Metrics = PROCESS,
     ) -> None:
+        self._failures = metrics.counter(RECONCILE_FAILURES)
         self._state = state
         self._cluster = cluster
         self._producer = broker.producer()
@@ -134,6 +138,7 @@ class Controller:
         try:
             await self._carry_out(action, wanted)
         except TransientError as error:
+            self._failures.value += 1
             return error
         return None
 

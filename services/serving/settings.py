@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.settings import ArtifactSettings, EnvironmentSettings, KafkaSettings, ProcessSettings, RunnerSettings, TelemetrySettings
 from services.serving.spec import Limits, Places
-from services.serving.streaming import StreamLimits
 
 
 class RaySettings(BaseSettings):
@@ -22,7 +21,7 @@ class RaySettings(BaseSettings):
 class Settings(BaseSettings):
     """What serving reads from its environment; ``SERVING_*`` and the shared groups."""
 
-    model_config = SettingsConfigDict(env_prefix="SERVING_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SERVING_", frozen=True, populate_by_name=True)
 
     listen: Literal["unix", "tcp"] = Field("unix", description="unix: gateway and replicas share a machine; tcp: they do not.")
     keep_warm: bool = Field(True, description="Keep a spare Ray worker with Serve imported (90 MB), so that a replica starts sooner.")
@@ -37,10 +36,12 @@ class Settings(BaseSettings):
     )
     poll_settled_s: float = Field(2.0, gt=0, description="How often Ray is asked while everything is as it should be, in seconds.")
     poll_unsettled_s: float = Field(0.1, gt=0, description="How often Ray is asked while something is on its way, in seconds.")
-    stream_batch_records: int = Field(256, ge=1, le=10_000, description="Most inference records taken at once from a topic.")
-    stream_in_flight: int = Field(16, ge=1, le=256, description="Most inference records of one endpoint that runners are asked at once.")
-    stream_timeout_s: float = Field(
-        30.0, gt=0, description="An inference record that a model does not answer in this time is given up, in seconds."
+    metrics_port: int = Field(
+        9104,
+        ge=0,
+        le=65_535,
+        validation_alias=AliasChoices("SERVING_METRICS_PORT", "METRICS_PORT"),
+        description="Port of /metrics on METRICS_HOST; 0: none. One that is taken is done without.",
     )
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     ray: RaySettings = Field(default_factory=RaySettings)
@@ -65,11 +66,6 @@ class Settings(BaseSettings):
     def limits(self) -> Limits:
         """What a served model may use."""
         return Limits(threads=self.threads, memory_bytes=self.memory_limit_bytes, predict_timeout_s=self.predict_timeout_s)
-
-    @property
-    def stream_limits(self) -> StreamLimits:
-        """How much streaming inference takes at once, and how long it waits."""
-        return StreamLimits(self.stream_batch_records, self.stream_in_flight, self.stream_timeout_s)
 
 
 def _absolute(path: Path) -> Path:

@@ -14,8 +14,6 @@ from libs.messaging.cloudevents import Clock
 from libs.messaging.follower import Follower
 from libs.messaging.kafka import KafkaBroker
 from libs.metrics import PROCESS
-from libs.metrics.exposition import of
-from libs.metrics.server import MetricsServer
 from schemas.topics import STATE_DEPLOYMENTS, STATE_ENDPOINTS, Topic
 from services.streaming.adapters import KafkaStreamLog
 from services.streaming.answering import AnswerParts
@@ -55,5 +53,4 @@ def build(
         is_traced=spans is not None or bool(settings.telemetry.otel_exporter_otlp_endpoint),
     )
     follower = Follower(broker or KafkaBroker(settings.kafka), [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
-    metrics = MetricsServer(of(PROCESS), settings.metrics_host, settings.metrics_port)
-    return [follower, Streams(StreamParts(state, logs or stream_log, topics or create, answering, settings.stream_limits)), metrics]
+    return [follower, Streams(StreamParts(state, logs or stream_log, topics or create, answering, settings.stream_limits))]

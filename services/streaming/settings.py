@@ -1,6 +1,6 @@
 """Settings of streaming."""
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.settings import ArtifactSettings, KafkaSettings, ProcessSettings, RunnerSettings, TelemetrySettings
@@ -11,7 +11,7 @@ from services.streaming.streams import StreamLimits
 class Settings(BaseSettings):
     """What streaming reads from its environment; ``STREAMING_*`` and the shared groups."""
 
-    model_config = SettingsConfigDict(env_prefix="STREAMING_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="STREAMING_", frozen=True, populate_by_name=True)
 
     chunk_records: int = Field(1_000, ge=1, le=50_000, description="Most inference records of one endpoint that are taken at once.")
     chunk_bytes: int = Field(
@@ -29,13 +29,21 @@ class Settings(BaseSettings):
         8, ge=1, le=256, description="Most batches of one endpoint that runners are asked at once, two for each replica."
     )
     timeout_s: float = Field(
-        30.0, gt=0, description="An inference record that a model does not answer in this time is given up, in seconds."
+        25.0,
+        gt=0,
+        description="An inference record that a model does not answer in this time is given up, in seconds; below SERVING_PREDICT_TIMEOUT_S, "
+        "after which its runner ends.",
     )
     claim_bytes: int = Field(
         64 * 2**20, ge=2**20, description="Largest request or result that is fetched from or put into the artifact store, in bytes."
     )
-    metrics_host: str = Field("127.0.0.1", description="Address on which /metrics is served.")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Port of /metrics; 0: none.")
+    metrics_port: int = Field(
+        9105,
+        ge=0,
+        le=65_535,
+        validation_alias=AliasChoices("STREAMING_METRICS_PORT", "METRICS_PORT"),
+        description="Port of /metrics on METRICS_HOST; 0: none. One that is taken is done without.",
+    )
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
     runner: RunnerSettings = Field(default_factory=RunnerSettings)

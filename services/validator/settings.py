@@ -1,6 +1,6 @@
 """Settings of the validator."""
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.settings import ArtifactSettings, EnvironmentSettings, KafkaSettings, ProcessSettings, TelemetrySettings
@@ -10,7 +10,7 @@ from services.validator.validation import TrialLimits
 class Settings(BaseSettings):
     """What the validator reads from its environment; ``VALIDATOR_*`` and the shared groups."""
 
-    model_config = SettingsConfigDict(env_prefix="VALIDATOR_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="VALIDATOR_", frozen=True, populate_by_name=True)
 
     concurrency: int = Field(
         4,
@@ -28,6 +28,13 @@ class Settings(BaseSettings):
     memory_limit_bytes: int = Field(4 * 2**30, ge=64 * 2**20, description="Memory that a model may allocate in its trial, in bytes.")
     latency_runs: int = Field(20, ge=0, description="Predictions made to measure latency.")
     latency_time_s: float = Field(2.0, ge=0, description="Longest time spent on measuring latency, in seconds.")
+    metrics_port: int = Field(
+        9102,
+        ge=0,
+        le=65_535,
+        validation_alias=AliasChoices("VALIDATOR_METRICS_PORT", "METRICS_PORT"),
+        description="Port of /metrics on METRICS_HOST; 0: none. One that is taken is done without.",
+    )
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     artifacts: ArtifactSettings = Field(default_factory=ArtifactSettings)
     environments: EnvironmentSettings = Field(default_factory=EnvironmentSettings)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import joblib
@@ -105,7 +106,7 @@ def _estimator() -> LogisticRegression:
 
 
 SERVERS = (
-    Server("Millrace", "this tree", millrace),
+    Server("Millrace", f"millrace {metadata.version('millrace')}, from this tree", millrace),
     Server("MLServer", ", ".join(MLServer.environment.requirements), _peer(_MLServer(), "1")),
     Server("KServe", ", ".join(KServe.environment.requirements), _peer(_KServe(), None)),
 )

@@ -20,7 +20,8 @@ class FakeRunner:
     """Speaks the runner's wire and adds ``offset`` to the sum of each row.
 
     ``behave`` is called for each infer with how many there were; it may return an error ``(kind, message)``, ``"drop"`` (close the
-    connection), ``"hang"`` (never answer), or an awaitable to wait for. ``rows`` are the rows of each infer; a ping says ``busy_s``.
+    connection), ``"hang"`` (never answer), or an awaitable to wait for. ``rows`` are the rows of each infer; a ping says ``busy_s``;
+    ``cancelled`` are the ids of requests that were called off.
     """
 
     def __init__(self, replica_id: str, path: Path, offset: float = 0.0) -> None:
@@ -30,6 +31,8 @@ class FakeRunner:
         self.rows: list[Any] = []
         self.busy_s = 0.0
         self.span: Any = None
+        self.model_s: Any = None
+        self.cancelled: list[int] = []
         self.behave: Callable[[int], Any] = lambda _: None
         self._path = path
         self._server: asyncio.Server | None = None
@@ -64,6 +67,9 @@ class FakeRunner:
     async def _answer(self, frame: Any, writer: asyncio.StreamWriter) -> bool:
         meta: dict[str, Any] = {"id": frame.meta["id"], "ok": True}
         head, tail = b"", []
+        if frame.meta["op"] == "cancel":
+            self.cancelled.append(frame.meta["id"])
+            return True
         if frame.meta["op"] == "hello" and frame.meta["token"] != runner_token(KEY, self.replica.replica_id):
             meta = {"id": frame.meta["id"], "ok": False, "error": {"kind": "unauthenticated", "message": "no"}}
         elif frame.meta["op"] == "ping":
@@ -84,6 +90,8 @@ class FakeRunner:
             else:
                 specs, tail = encode_tensors({"predict": np.asarray(rows.sum(axis=1) + self.offset)})
                 head = json.dumps({"outputs": describe_tensors(specs)}).encode()
+            if self.model_s is not None:
+                meta["model_s"] = self.model_s
             if frame.meta.get("traceparent") or self.span is not None:
                 meta["span"] = self.span or {"span_id": "00000000000000aa", "start_ns": 1, "end_ns": 2}
         for part in encode_frame(meta, head, tail):

@@ -69,3 +69,7 @@ def test_colons_in_text_are_no_names(document: object) -> None:
 
 def test_a_duplicate_cannot_hide_behind_nesting_that_is_too_deep() -> None:
     assert refusal(b'{"x:":' * 500 + b"1" + b"}" * 500) == "the request body is nested too deeply"
+
+
+def test_millions_of_empty_lists_are_refused_before_they_are_parsed() -> None:
+    assert refusal(b'{"a": [' + b"[]," * 2_000_000 + b"[]]}") == "the request body has more than 2000000 lists and objects"

@@ -182,10 +182,10 @@ def test_the_embedded_broker_is_announced_loudly(settings: LocalSettings) -> Non
 def test_services_wait_for_the_topics_and_serving_also_for_ray(settings: LocalSettings, home: Home) -> None:
     listed = platform.parts(settings, home, Broker(BrokerKind.KAFKA, "127.0.0.1:9092"), None)
     after = {part.name: part.after for part in listed}
-    assert list(after) == ["broker", "topics", "ray", "registry", "validator", "builder", "serving", "gateway"]
+    assert list(after) == ["broker", "topics", "ray", "registry", "validator", "builder", "serving", "streaming", "gateway"]
     assert after["topics"] == ("broker",)
     assert after["serving"] == ("topics", "ray")
-    assert all(after[name] == ("topics",) for name in ("registry", "validator", "builder", "gateway"))
+    assert all(after[name] == ("topics",) for name in ("registry", "validator", "builder", "streaming", "gateway"))
 
 
 def test_what_the_user_set_reaches_the_services(settings: LocalSettings, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

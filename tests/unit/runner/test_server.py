@@ -25,6 +25,7 @@ SIGNATURE = {
     "outputs": [{"name": "y", "datatype": "FP64", "shape": [-1, 1]}],
     "feature_names": None,
 }
+HEAD = wire.encode_json({"inputs": wire.describe_tensors(wire.encode_tensors({"x": np.zeros((1, 1))})[0])})
 
 
 class Gate:
@@ -282,6 +283,36 @@ async def test_a_frame_that_makes_no_sense_ends_the_connection_and_no_other(serv
     assert b"protocol" in await reader.read()
     writer.close()
     assert (await client.infer(row(1))).outputs["y"].tolist() == [[2]]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "message"),
+    [
+        (b"{", b"", "head part of a frame is not JSON"),
+        (b"{}", b"", "no list 'inputs'"),
+        (b'{"inputs":[],"id":[]}', b"", "id is not a string"),
+        (HEAD, b"\0" * 7, "only 7 are left"),
+        (HEAD, b"\0" * 9, "1 bytes follow"),
+        (HEAD.replace(b"FP64", b"FP32"), b"\0" * 8, "takes 4"),
+        (HEAD.replace(b'"x"', b'"z"'), b"\0" * 8, "'x' is missing"),
+    ],
+)
+async def test_a_head_or_tail_that_makes_no_sense_is_the_callers_fault_also_when_the_head_is_remembered(served, gate, head, tail, message):
+    gate.open.set()
+    good = wire.join_frame(b'{"id":1,"op":"infer"}', HEAD, [b"\0" * 8])
+    bad = wire.join_frame(b'{"id":2,"op":"infer"}', head, [tail])
+    stream = [*wire.encode_frame({"id": 0, "op": "hello", "token": TOKEN}), *good, *bad, *good, *bad, *good]
+    reader, writer = await asyncio.open_unix_connection(served.address.removeprefix("unix:"))
+    writer.write(b"".join(stream))
+    frames: list[wire.Frame] = []
+    cutter = wire.FrameReader()
+    while len(frames) < 6:
+        frames += cutter.feed(await reader.read(65_536))
+    writer.close()
+    assert [frame.meta["ok"] for frame in frames] == [True, True, False, True, False, True]
+    for frame in (frames[2], frames[4]):
+        assert frame.meta["error"]["kind"] == "invalid_input"
+        assert message in frame.meta["error"]["message"]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,5 +1,7 @@
 """Frames and tensors survive the socket exactly, and malformed ones are refused before anything is allocated for them."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,6 +84,55 @@ def test_frames_survive_any_way_of_cutting_the_stream(bodies: list[tuple[bytes, 
     reader = wire.FrameReader()
     frames = [frame for start in range(0, len(stream), step) for frame in reader.feed(stream[start : start + step])]
     assert [(frame.meta["id"], frame.head, bytes(frame.tail)) for frame in frames] == [(i, h, t) for i, (h, t) in enumerate(bodies)]
+
+
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=4), st.integers(1, 200))
+def test_frames_survive_when_tails_are_received_in_their_place(tails: list[bytes], step: int) -> None:
+    stream = b"".join(joined(wire.encode_frame({"id": i}, b"head", [tail])) for i, tail in enumerate(tails))
+    reader, frames, position = wire.FrameReader(), [], 0
+    while position < len(stream):
+        room = reader.room
+        if room is None:
+            chunk = stream[position : position + step]
+            frames += reader.feed(chunk)
+        else:
+            chunk = stream[position : position + min(step, len(room))]
+            room[: len(chunk)] = chunk
+            frames += reader.fill(len(chunk))
+        position += len(chunk)
+    assert [(frame.meta["id"], frame.head, bytes(frame.tail)) for frame in frames] == [(i, b"head", t) for i, t in enumerate(tails)]
+
+
+def test_tails_of_one_chunk_do_not_share_memory() -> None:
+    one, other = wire.FrameReader().feed(b"".join(joined(wire.encode_frame({"id": i}, b"", [b"same"])) for i in (1, 2)))
+    one.tail[0] = 0
+    assert bytes(other.tail) == b"same"
+
+
+@pytest.mark.parametrize("shape", [[0, 2**70], [1] * 70])
+@pytest.mark.parametrize("datatype", ["UINT8", "BYTES"])
+def test_shapes_that_no_array_has_are_refused(shape: list[int], datatype: str) -> None:
+    tail = b"" if 0 in shape else b"\0" * (4 if datatype == "BYTES" else 1)
+    description = {"name": "a", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(tail)}}
+    with pytest.raises(wire.WireError, match="cannot have shape"):
+        wire.decode_tensors(wire.read_descriptions([description]), tail)
+
+
+def test_a_name_that_occurs_twice_is_refused() -> None:
+    (spec,), _ = wire.encode_tensors({"a": np.zeros(1)})
+    with pytest.raises(wire.WireError, match="'a' occurs twice"):
+        wire.read_descriptions(wire.describe_tensors([spec, spec]))
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, 2.5, null, "ü"]} ', "[]", "-0.0", '"x"'])
+def test_json_is_read_as_the_standard_library_reads_it(text: str) -> None:
+    assert wire.loads_json(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"{}x", b"\xff", b"nul"])
+def test_what_is_no_json_is_a_value_error(text: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 (whatever the library says)
+        wire.loads_json(text)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""Serving in one process: the log in memory, a cluster that is a fake, runners that are fakes on real sockets."""
+"""Serving in one process: the log in memory, and a cluster that is a fake."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -11,33 +10,24 @@ from typing import Any
 
 import pytest
 
-from libs.errors import TransientError
-from libs.inference.pool import RunnerPool
-from libs.inference.spans import RunnerSpans
 from libs.lifecycle import Component
 from libs.messaging import cloudevents, consumer, follower
 from libs.messaging.follower import Follower
 from libs.messaging.memory import MemoryBroker
-from libs.messaging.records import Record
 from libs.messaging.retry import Retry
 from schemas.base import Payload
 from schemas.environment import EnvironmentLock
 from schemas.inference import Datatype, Signature, TensorSpec
-from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, EndpointSnapshot, Replica
-from schemas.topics import DLQ, EVENTS, STATE_DEPLOYMENTS, STATE_ENDPOINTS, inference_requests, inference_results
-from services.serving import streaming
+from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, Replica
+from schemas.topics import EVENTS, STATE_DEPLOYMENTS
 from services.serving.controller import Controller
 from services.serving.errors import ClusterUnavailableError
 from services.serving.reconcile import ActualDeployment, AppStatus
 from services.serving.spec import Limits, Places, ReplicaSpec
 from services.serving.state import State
-from services.serving.streaming import StreamLimits, StreamParts, Streams
-from tests.unit.runners import KEY, FakeRunner
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ID = "shop.iris.1"
-REQUESTS, RESULTS = inference_requests("shop").name, inference_results("shop").name
-GROUP = "millrace-serving-shop"
 SOON = Retry(first_s=0.001, longest_s=0.01)
 PLACES = Places(
     artifacts_url="file:///artifacts",
@@ -128,38 +118,16 @@ class FakeCluster:
 class World:
     """Serving's parts, and what is around them."""
 
-    directory: Path
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     cluster: FakeCluster = field(default_factory=FakeCluster)
-    runners: list[FakeRunner] = field(default_factory=list)
-    limits: StreamLimits = field(default_factory=lambda: StreamLimits(batch_records=16, in_flight=4, timeout_s=5.0))
-    spans: RunnerSpans = field(default_factory=lambda: RunnerSpans(None))
-    created: list[str] = field(default_factory=list)
-    state: State = field(default_factory=State)
 
     def controller(self) -> list[Component]:
-        """The reconciling half of serving, as after a start of the process."""
+        """The components of serving, as after a start of the process."""
         state = State()
         polls = {"poll_settled_s": 0.01, "poll_unsettled_s": 0.002}
         made = Controller(state, self.cluster, self.broker, PLACES, Limits(), **polls, clock=lambda: NOW)
         made._retry = SOON
-        return [self._follower(state), made]
-
-    def streams(self) -> list[Component]:
-        """The streaming half of serving."""
-        key_file = self.directory / "runner.key"
-        key_file.write_bytes(KEY + b"\n")
-
-        async def create(topics: Sequence[Any]) -> None:
-            self.broker.check_reachable()
-            self.created += [topic.name for topic in topics]
-
-        state = self.state = State()
-        pool = RunnerPool(key_file, self.spans)
-        return [self._follower(state), Streams(StreamParts(state, self.broker, pool, create, self.limits, SOON, lambda: NOW))]
-
-    def _follower(self, state: State) -> Follower:
-        return Follower(self.broker, [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
+        return [Follower(self.broker, [STATE_DEPLOYMENTS.name], state.apply), made]
 
     async def publish(self, *payloads: Payload) -> None:
         """Say something on the log."""
@@ -169,43 +137,15 @@ class World:
     async def forget(self, topic: str, entity: str) -> None:
         await self.broker.append([cloudevents.tombstone(topic, entity)])
 
-    async def endpoint(self, *replicas: Replica, **changes: Any) -> None:
-        """The endpoint ``shop`` with one deployment that these replicas answer for."""
-        times = {"created_at": NOW, "updated_at": NOW}
-        await self.publish(
-            EndpointSnapshot(endpoint_name="shop", traffic={ID: 100}, deployment_ids=(ID,), **times), self.ready(*replicas, **changes)
-        )
-
     def ready(self, *replicas: Replica, **changes: Any) -> DeploymentSnapshot:
+        """The deployment as the registry describes it once its replicas answer."""
         status = DeploymentStatus.READY if replicas else DeploymentStatus.DEGRADED
         return deployment(status=status, pending_traffic_percent=None, replicas=replicas, **changes)
-
-    async def runner(self, offset: float = 0.0) -> FakeRunner:
-        """A running fake runner."""
-        number = len(self.runners)
-        runner = FakeRunner(f"r{number}", self.directory / f"r{number}.sock", offset)
-        await runner.start()
-        self.runners.append(runner)
-        return runner
-
-    async def ask(self, *bodies: Any, key: str | None = None, **headers: str) -> None:
-        """Put requests on the topic; a body that is not bytes is written as JSON."""
-        values = [body if isinstance(body, bytes) or body is None else json.dumps(body).encode() for body in bodies]
-        heads = tuple((name, value.encode()) for name, value in headers.items())
-        await self.broker.append([Record(REQUESTS, None if key is None else key.encode(), value, heads) for value in values])
-
-    async def results(self, count: int) -> list[dict[str, Any]]:
-        """The first so many results, once they are there and committed."""
-        await self.until(lambda: len(self.broker.records(RESULTS)) >= count <= self.broker.committed(GROUP, REQUESTS))
-        return [json.loads(record.value or b"") for record in self.broker.records(RESULTS)]
 
     def facts(self) -> list[Payload]:
         """What serving said."""
         events = [cloudevents.read(record) for record in self.broker.records(EVENTS.name)]
         return [event.data for event in events if event.source == "/millrace/serving"]
-
-    def dead_letters(self) -> list[Any]:
-        return [cloudevents.read(record).data for record in self.broker.records(DLQ.name)]
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Let everybody work until something is so."""
@@ -232,23 +172,16 @@ async def running(components: Sequence[Component]) -> AsyncIterator[None]:
         task.result()
 
 
-class AwayError(TransientError):
-    """For producers that a test lets fail."""
-
-
 @pytest.fixture(autouse=True)
 def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle readers of the log notice a stop sooner."""
-    for module in (follower, consumer, streaming):
+    for module in (follower, consumer):
         monkeypatch.setattr(module, "POLL_S", 0.01)
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
-    yield made
-    for runner in made.runners:
-        await runner.stop()
+def world() -> World:
+    return World()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import hpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.gateway.rpc.http2 import PREFACE, Connection, ErrorCode, Limits
 
@@ -513,6 +515,33 @@ def test_a_closed_connection_that_nobody_reads_is_cut_in_time(peer: Peer):
     assert not peer.wire.is_closed
     peer.connection.sweep(peer.clock.now + 11)
     assert peer.wire.is_closed
+
+
+FRAMES = st.builds(
+    frame,
+    st.integers(0, 11),
+    st.one_of(st.binary(max_size=40), st.just(hpack.Encoder().encode(REQUEST))),
+    st.sampled_from([0, 1, 4, 5, 8, 0x20, 0x24, 0x25, 0xFF]),
+    st.sampled_from([0, 1, 2, 3, 5, 2**31 - 1]),
+)
+
+
+@given(st.lists(FRAMES, max_size=30), st.randoms(use_true_random=False))
+def test_any_frames_in_any_pieces_are_borne(frames, random):
+    peer = Peer()
+    sent = b"".join(frames)
+    while sent:
+        size = random.randint(1, 50)
+        peer.connection.data_received(sent[:size])
+        sent = sent[size:]
+        for heard in peer.heard:
+            if random.random() < 0.2:
+                heard.stream.respond(b"\x88", bytes(random.randint(0, 100)), b"\x88")
+    is_closed = peer.wire.is_closed
+    peer.connection.connection_lost(None)
+    assert all(heard.is_gone or not heard.stream.is_open for heard in peer.heard)
+    assert peer.connection.open_streams == 0
+    assert is_closed or peer.goaway() is None
 
 
 def test_late_requests_are_those_that_are_not_complete(peer: Peer):
