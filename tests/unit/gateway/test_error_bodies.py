@@ -119,7 +119,7 @@ async def test_every_refusal_on_vertex_s_paths_is_a_google_status(tmp_path, make
             await told(405, "GET", path)
             await told(405, "DELETE", path)
             await told(413, "POST", path, content=b" " * 10_001)
-            await told(503, "POST", VERTEX.format("empty", method), json=rows)
+            await told(400, "POST", VERTEX.format("empty", method), "FAILED_PRECONDITION", json=rows)
         await told(404, "POST", "/v1/projects/p/locations/us-central1/publishers/google/models/m:predict", json=rows)
         await told(404, "GET", "/v1beta1/projects/p")
         world.runners[0].behave = lambda _: ("model_error", "it fell")

@@ -1,50 +1,44 @@
-"""Serving in one process: the log in memory, a cluster that is a fake, runners that are fakes on real sockets."""
+"""Streaming in one process: the log in memory, runners that are fakes on real sockets."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from libs.errors import TransientError
+from libs.artifacts import MemoryStore
 from libs.inference.pool import RunnerPool
 from libs.inference.spans import RunnerSpans
 from libs.lifecycle import Component
-from libs.messaging import cloudevents, consumer, follower
+from libs.messaging import cloudevents, follower
 from libs.messaging.follower import Follower
 from libs.messaging.memory import MemoryBroker
 from libs.messaging.records import Record
 from libs.messaging.retry import Retry
+from libs.metrics import Metrics
 from schemas.base import Payload
 from schemas.environment import EnvironmentLock
 from schemas.inference import Datatype, Signature, TensorSpec
 from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, EndpointSnapshot, Replica
-from schemas.topics import DLQ, EVENTS, STATE_DEPLOYMENTS, STATE_ENDPOINTS, inference_requests, inference_results
-from services.serving import streaming
-from services.serving.controller import Controller
-from services.serving.errors import ClusterUnavailableError
-from services.serving.reconcile import ActualDeployment, AppStatus
-from services.serving.spec import Limits, Places, ReplicaSpec
-from services.serving.state import State
-from services.serving.streaming import StreamLimits, StreamParts, Streams
+from schemas.topics import DLQ, STATE_DEPLOYMENTS, STATE_ENDPOINTS, inference_requests, inference_results
+from services.streaming import answering, streams
+from services.streaming.answering import AnswerLimits, AnswerParts
+from services.streaming.claims import Claims
+from services.streaming.memory import MemoryStreamLog
+from services.streaming.state import State
+from services.streaming.streams import StreamLimits, StreamParts, Streams
 from tests.unit.runners import KEY, FakeRunner
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ID = "shop.iris.1"
 REQUESTS, RESULTS = inference_requests("shop").name, inference_results("shop").name
-GROUP = "millrace-serving-shop"
+GROUP = "millrace-streaming-shop"
 SOON = Retry(first_s=0.001, longest_s=0.01)
-PLACES = Places(
-    artifacts_url="file:///artifacts",
-    artifact_cache_dir=Path("/cache"),
-    environments_dir=Path("/environments"),
-    runner_key_file=Path("/key"),
-)
 
 
 def signature(columns: int = 2) -> Signature:
@@ -53,21 +47,20 @@ def signature(columns: int = 2) -> Signature:
 
 
 def deployment(**changes: Any) -> DeploymentSnapshot:
-    """A deployment that has just been asked for."""
+    """A deployment; without replicas nobody answers for it."""
     values: dict[str, Any] = {
         "deployment_id": ID,
         "generation": 1,
         "endpoint_name": "shop",
         "model_name": "iris",
         "version": 1,
-        "status": DeploymentStatus.PENDING,
+        "status": DeploymentStatus.READY if changes.get("replicas") else DeploymentStatus.DEGRADED,
         "artifact": Artifact(sha256="0" * 64, size_bytes=1, filename="m.joblib"),
         "format": ArtifactFormat.SKLEARN,
         "environment": EnvironmentLock(environment_id="0" * 16, python="3.11", platform="x86_64-linux", lock=""),
         "signature": signature(),
         "min_replicas": 1,
         "max_replicas": 1,
-        "pending_traffic_percent": 100,
         "created_at": NOW,
         "updated_at": NOW,
         **changes,
@@ -75,78 +68,24 @@ def deployment(**changes: Any) -> DeploymentSnapshot:
     return DeploymentSnapshot(**values)
 
 
-class FakeCluster:
-    """Ray Serve as a dictionary; the test says what becomes of what was applied.
-
-    ``away`` makes every call fail, ``refuses`` those that are about one deployment. ``calls`` is what was asked for.
-    """
-
-    def __init__(self) -> None:
-        self.apps: dict[str, ActualDeployment] = {}
-        self.calls: list[tuple[Any, ...]] = []
-        self.away = False
-        self.refuses = ""
-        self.becomes: Callable[[str], Any] = lambda _: {"status": AppStatus.STARTING}
-
-    async def start(self) -> None:
-        self._check()
-
-    async def stop(self) -> None:
-        return None
-
-    async def apply(self, spec: ReplicaSpec, generation: int, replicas: int) -> None:
-        self._check(spec.deployment_id)
-        self.calls.append(("apply", spec.deployment_id, generation, replicas))
-        self.apps[spec.deployment_id] = ActualDeployment(
-            generation=generation, digest=spec.digest, target_replicas=replicas, **self.becomes(spec.deployment_id)
-        )
-
-    async def scale(self, deployment_id: str, generation: int, replicas: int) -> None:
-        self._check(deployment_id)
-        self.calls.append(("scale", deployment_id, generation, replicas))
-        self.change(deployment_id, generation=generation, target_replicas=replicas)
-
-    async def delete(self, deployment_id: str) -> None:
-        self._check(deployment_id)
-        self.calls.append(("delete", deployment_id))
-        self.change(deployment_id, status=AppStatus.DELETING, replicas=())
-
-    async def status(self) -> dict[str, ActualDeployment]:
-        self._check()
-        return dict(self.apps)
-
-    def change(self, deployment_id: str = ID, **changes: Any) -> None:
-        """Let something become of an application."""
-        self.apps[deployment_id] = replace(self.apps[deployment_id], **changes)
-
-    def _check(self, deployment_id: str = "") -> None:
-        if self.away or (deployment_id and deployment_id == self.refuses):
-            raise ClusterUnavailableError("Ray does not answer: it plays being away")
-
-
 @dataclass
 class World:
-    """Serving's parts, and what is around them."""
+    """Streaming's parts, and what is around them."""
 
     directory: Path
     broker: MemoryBroker = field(default_factory=MemoryBroker)
-    cluster: FakeCluster = field(default_factory=FakeCluster)
+    store: MemoryStore = field(default_factory=MemoryStore)
     runners: list[FakeRunner] = field(default_factory=list)
-    limits: StreamLimits = field(default_factory=lambda: StreamLimits(batch_records=16, in_flight=4, timeout_s=5.0))
-    spans: RunnerSpans = field(default_factory=lambda: RunnerSpans(None))
+    limits: StreamLimits = field(default_factory=lambda: StreamLimits(chunk_records=100))
+    answer_limits: AnswerLimits = field(default_factory=lambda: AnswerLimits(timeout_s=5.0))
+    spans: RunnerSpans | None = None
+    metrics: Metrics = field(default_factory=Metrics)
     created: list[str] = field(default_factory=list)
+    logs: list[MemoryStreamLog] = field(default_factory=list)
     state: State = field(default_factory=State)
 
-    def controller(self) -> list[Component]:
-        """The reconciling half of serving, as after a start of the process."""
-        state = State()
-        polls = {"poll_settled_s": 0.01, "poll_unsettled_s": 0.002}
-        made = Controller(state, self.cluster, self.broker, PLACES, Limits(), **polls, clock=lambda: NOW)
-        made._retry = SOON
-        return [self._follower(state), made]
-
     def streams(self) -> list[Component]:
-        """The streaming half of serving."""
+        """The components of streaming, as after a start of the process."""
         key_file = self.directory / "runner.key"
         key_file.write_bytes(KEY + b"\n")
 
@@ -154,12 +93,26 @@ class World:
             self.broker.check_reachable()
             self.created += [topic.name for topic in topics]
 
-        state = self.state = State()
-        pool = RunnerPool(key_file, self.spans)
-        return [self._follower(state), Streams(StreamParts(state, self.broker, pool, create, self.limits, SOON, lambda: NOW))]
+        def stream_log(endpoint_name: str) -> MemoryStreamLog:
+            self.logs.append(MemoryStreamLog(self.broker, endpoint_name))
+            return self.logs[-1]
 
-    def _follower(self, state: State) -> Follower:
-        return Follower(self.broker, [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
+        state = self.state = State()
+        pool = RunnerPool(key_file, self.spans or RunnerSpans(None))
+        parts = AnswerParts(
+            state,
+            pool,
+            Claims(self.store, self.answer_limits.claimed_bytes),
+            self.answer_limits,
+            SOON,
+            lambda: NOW,
+            self.metrics,
+            is_traced=self.spans is not None,
+        )
+        return [
+            Follower(self.broker, [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply),
+            Streams(StreamParts(state, stream_log, create, parts, self.limits)),
+        ]
 
     async def publish(self, *payloads: Payload) -> None:
         """Say something on the log."""
@@ -173,12 +126,9 @@ class World:
         """The endpoint ``shop`` with one deployment that these replicas answer for."""
         times = {"created_at": NOW, "updated_at": NOW}
         await self.publish(
-            EndpointSnapshot(endpoint_name="shop", traffic={ID: 100}, deployment_ids=(ID,), **times), self.ready(*replicas, **changes)
+            EndpointSnapshot(endpoint_name="shop", traffic={ID: 100}, deployment_ids=(ID,), **times),
+            deployment(replicas=replicas, **changes),
         )
-
-    def ready(self, *replicas: Replica, **changes: Any) -> DeploymentSnapshot:
-        status = DeploymentStatus.READY if replicas else DeploymentStatus.DEGRADED
-        return deployment(status=status, pending_traffic_percent=None, replicas=replicas, **changes)
 
     async def runner(self, offset: float = 0.0) -> FakeRunner:
         """A running fake runner."""
@@ -199,17 +149,12 @@ class World:
         await self.until(lambda: len(self.broker.records(RESULTS)) >= count <= self.broker.committed(GROUP, REQUESTS))
         return [json.loads(record.value or b"") for record in self.broker.records(RESULTS)]
 
-    def facts(self) -> list[Payload]:
-        """What serving said."""
-        events = [cloudevents.read(record) for record in self.broker.records(EVENTS.name)]
-        return [event.data for event in events if event.source == "/millrace/serving"]
-
     def dead_letters(self) -> list[Any]:
         return [cloudevents.read(record).data for record in self.broker.records(DLQ.name)]
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Let everybody work until something is so."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             while not condition():  # noqa: ASYNC110 (the log in memory is looked at; nobody tells)
                 await asyncio.sleep(0.001)
 
@@ -232,15 +177,15 @@ async def running(components: Sequence[Component]) -> AsyncIterator[None]:
         task.result()
 
 
-class AwayError(TransientError):
-    """For producers that a test lets fail."""
-
-
 @pytest.fixture(autouse=True)
-def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Idle readers of the log notice a stop sooner."""
-    for module in (follower, consumer, streaming):
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for in seconds takes milliseconds."""
+    for module in (follower, streams):
         monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(answering, "_PAUSE_S", 0.005)
+    monkeypatch.setattr(answering, "_REFUSED_PAUSE_S", 0.005)
+    monkeypatch.setattr(answering, "_SILENT_PAUSE_S", 0.01)
 
 
 @pytest.fixture
