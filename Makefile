@@ -48,11 +48,12 @@ check: setup ## Format, lint, types, import rules, contracts
 	@$(BIN)/python -m schemas.generate --check
 	@$(BIN)/python -m libs.inference.oip_proto.generate --check
 	@$(BIN)/python -m libs.settings_tables --check
+	@$(BIN)/python -m libs.metrics.reference --check
 
 format: setup ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 
-bench: setup ## Measure: start-up, upload to prediction, idle cost, rebuild
+bench: setup ## Measure: the gateway beside its peers, start-up, upload to prediction, rebuild (an hour)
 	@$(BIN)/python -m benchmarks
 
 conformance: setup ## Try the published protocols out on Millrace, MLServer and KServe; writes docs/conformance.md
@@ -61,6 +62,7 @@ conformance: setup ## Try the published protocols out on Millrace, MLServer and 
 schemas: setup ## Rewrite what is generated: snapshots, AsyncAPI document, event reference, settings tables
 	@$(BIN)/python -m schemas.generate
 	@$(BIN)/python -m libs.settings_tables
+	@$(BIN)/python -m libs.metrics.reference
 
 proto: setup ## Generate the Python of the .proto files
 	@$(BIN)/python -m libs.inference.oip_proto.generate

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("registry_rebuild", "platform", "messaging", "artifact_store", "runner_hop", "serving")
+BENCHMARKS = ("registry_rebuild", "platform", "messaging", "artifact_store", "runner_hop", "streaming", "serving")
 """Each is a module here, with a ``main(arguments)``."""
 
 

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,13 +31,14 @@ _LEFT_S = 5.0
 _FILLING = 0.3
 """Share of an open loop in which queues may fill before goodput is counted."""
 
+_LAST_CHUNK = b"0\r\n\r\n"
 _STATUS = len(b"HTTP/1.1 ")
 
 Answered = Callable[[int], None]
 
 
 class Connection(asyncio.Protocol):
-    """A connection that carries one request at a time; an answer needs a content-length or no body.
+    """A connection that carries one request at a time; an answer has a content-length, is chunked, or has no body.
 
     ``answered`` is told the status, or 0 when the connection broke.
     """
@@ -61,7 +63,7 @@ class Connection(asyncio.Protocol):
         if end < 0:
             return
         head = self._received[:end].lower()
-        if len(self._received) - end - 4 >= _content_length(head):
+        if _is_whole(head, self._received, end + 4):
             status = int(head[_STATUS : _STATUS + 3])
             self._received = b""
             if b"connection: close" in head:
@@ -100,7 +102,7 @@ class Tally:
     Parameters
     ----------
     begin_s, end_s
-        Answers with success between them, by the loop's clock, are the goodput: neither the filling of queues nor their draining.
+        Answers with success between them, by the monotonic clock, are the goodput: neither the filling of queues nor their draining.
     """
 
     def __init__(self, begin_s: float, end_s: float) -> None:
@@ -149,18 +151,17 @@ _PERCENTILES = (("p50", 50), ("p90", 90), ("p99", 99), ("p999", 99.9))
 
 async def closed_loop(target: Target, connections: int, seconds: float) -> dict[str, object]:
     """Load from so many connections, each with one request at a time."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = time.monotonic()
     end = began + seconds
     tally = Tally(began, end)
 
     async def client() -> None:
         connection = await target.connect()
-        while (sent := loop.time()) < end and connection.is_open:
-            tally.add(await _asked(connection, target.request), sent, loop.time())
+        while (sent := time.monotonic()) < end and connection.is_open:
+            tally.add(await _asked(connection, target.request), sent, time.monotonic())
 
     await asyncio.gather(*(client() for _ in range(connections)))
-    return tally.summary(loop.time() - began, 0)
+    return tally.summary(time.monotonic() - began, 0)
 
 
 async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[str, object]:
@@ -169,7 +170,7 @@ async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[s
     free: deque[Connection] = deque()
     due: deque[float] = deque()
     opened = 0
-    began = loop.time()
+    began = time.monotonic()
     tally = Tally(began + _FILLING * seconds, began + seconds)
 
     def dispatch() -> None:
@@ -180,7 +181,7 @@ async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[s
 
     def send(connection: Connection, due_s: float) -> None:
         def answered(status: int) -> None:
-            tally.add(status, due_s, loop.time())
+            tally.add(status, due_s, time.monotonic())
             if connection.is_open:
                 free.append(connection)
             dispatch()
@@ -194,15 +195,15 @@ async def open_loop(target: Target, rate_per_s: float, seconds: float) -> dict[s
         except OSError:
             opened -= 1
             if due:
-                tally.add(0, due.popleft(), loop.time())
+                tally.add(0, due.popleft(), time.monotonic())
         dispatch()
 
     total = int(rate_per_s * seconds)
     opening: set[asyncio.Task[None]] = set()
     for number in range(total):
         due_s = began + number / rate_per_s
-        if due_s > loop.time():
-            await asyncio.sleep(due_s - loop.time())
+        if due_s > time.monotonic():
+            await asyncio.sleep(due_s - time.monotonic())
         due.append(due_s)
         dispatch()
         if due and opened < _MOST_CONNECTIONS:
@@ -221,9 +222,11 @@ async def _asked(connection: Connection, request: bytes) -> int:
     return await answer
 
 
-def _content_length(head: bytes) -> int:
+def _is_whole(head: bytes, received: bytes, body: int) -> bool:
+    if b"\r\ntransfer-encoding: chunked" in head:
+        return received.endswith(_LAST_CHUNK, body)
     _, found, rest = head.partition(b"\r\ncontent-length:")
-    return int(rest.split(b"\r\n", 1)[0]) if found else 0
+    return not found or len(received) - body >= int(rest.split(b"\r\n", 1)[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.profile_gateway [--point iris-32] [--seconds 10] [--stacks after.txt] [--against before.txt]
 
-A platform with everything on is loaded and sampled by py-spy, which must be installed (``.venv/bin/uv pip install py-spy``; it needs the right to
-trace processes). Prints the functions with the most time of their own, in percent of the samples in which the gateway ran; ``--stacks``
-keeps the samples (collapsed stacks, which flame-graph tools read), ``--against`` shows the difference to such a file.
+A platform with everything on is loaded and sampled by py-spy, which must be installed (``.venv/bin/uv pip install py-spy``; it needs
+the right to trace processes). Prints the functions with the most time of their own, in percent of the samples in which the gateway
+ran; ``--stacks`` keeps the samples (collapsed stacks, which flame-graph tools read), ``--against`` shows the difference to such a file.
 """
 
 import argparse

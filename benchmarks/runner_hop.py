@@ -6,9 +6,9 @@ A real runner in its cage, one client. ``serial``: one row, the next request whe
 on their way at any time. ``batches``: 1000 rows of 30 numbers each, one after the other. Figures in brackets are the same calls of
 ``predict`` without a runner. The goal: a serial round trip costs at most 60 µs more than the model's own predict.
 
-Two lines say how much of the difference is the machine's: ``bare echo`` is a round trip of the same bytes between two processes that do
-nothing with them (two wake-ups), and ``predict after a pause`` is the model in this process when it had to wait 100 µs for each request, as it
-does behind a socket (cold caches, a sleeping core).
+Two lines say how much of the difference is the machine's. ``bare echo`` is a round trip of the same bytes to a process that is busy for as
+long as the model and does nothing else, less that time: two wake-ups. ``predict after a pause`` is the model in this process when it had to
+wait 100 µs for each request, as it does behind a socket (cold caches, a sleeping core).
 """
 
 import argparse
@@ -40,11 +40,15 @@ FRAME_BYTES = 180
 """A request of one 1x4 row; its answer has about as many."""
 
 ECHO = """
-import select, socket, sys
+import select, socket, sys, time
+busy_s = float(sys.argv[2])
 connection, _ = socket.socket(fileno=int(sys.argv[1])).accept()
 poll = select.epoll()
 poll.register(connection.fileno(), select.EPOLLIN)
 while poll.poll() and (data := connection.recv(65536)):
+    end = time.perf_counter() + busy_s
+    while time.perf_counter() < end:
+        pass
     connection.send(data)
 """
 PIPELINED = 32
@@ -90,7 +94,7 @@ class _Echoed(asyncio.Protocol):
         self._transport = transport
         self._ask()
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:  # noqa: ARG002 (asyncio.Protocol)
         now = time.perf_counter()
         self.taken.append(now - self._started)
         if now < self._end:
@@ -103,19 +107,19 @@ class _Echoed(asyncio.Protocol):
         self._transport.write(bytes(FRAME_BYTES))
 
 
-async def _echo(folder: Path, seconds: float) -> list[float]:
-    """Seconds of each round trip of as many bytes as a request has."""
+async def _echo(folder: Path, seconds: float, busy_s: float) -> list[float]:
+    """Seconds of each round trip of as many bytes as a request has, less those that the other side is busy."""
     path = str(folder / "echo")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
-        command = [sys.executable, "-c", ECHO, str(listener.fileno())]
+        command = [sys.executable, "-c", ECHO, str(listener.fileno()), str(busy_s)]
         process = await asyncio.create_subprocess_exec(*command, pass_fds=(listener.fileno(),))
         transport, protocol = await asyncio.get_running_loop().create_unix_connection(lambda: _Echoed(seconds), path)
         await protocol.over
         transport.close()
         await process.wait()
-    return sorted(protocol.taken)
+    return sorted(taken - busy_s for taken in protocol.taken)
 
 
 async def _serial(client: RunnerClient, rows: Any, seconds: float) -> tuple[list[float], list[float]]:
@@ -200,7 +204,8 @@ async def _measure(folder: Path, seconds: float, transport: str) -> None:
             serial, inside = await _serial(client, x, seconds)
             if name == "iris":
                 rows += _one_row(serial, inside, await _sent(client, x, seconds), own)
-                rows.append(["bare echo, p50", f"{_at(await _echo(folder, seconds), 0.5):.0f} µs", "", ""])
+                echo = await _echo(folder, seconds, _at(own, 0.5) / 1e6)
+                rows.append(["bare echo, p50", f"{_at(echo, 0.5):.0f} µs", "", ""])
                 waiting = _own(lambda model=model, x=x: model.predict(x), seconds, PAUSE_S)
                 rows.append(["predict after a pause, p50", "", f"({_at(waiting, 0.5):.0f})", ""])
                 rate = await _pipelined(client, x, seconds)

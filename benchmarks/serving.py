@@ -17,6 +17,7 @@ import os
 import platform as machine
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +38,6 @@ from benchmarks.figures import Load, rotated
 from benchmarks.peers import ghz, models, wrk
 from benchmarks.peers.asgi_echo import AsgiEcho
 from benchmarks.peers.bentoml import BentoML
-from benchmarks.peers.environments import InstallError
 from benchmarks.peers.fastapi_joblib import FastApiJoblib
 from benchmarks.peers.kserve import KServe
 from benchmarks.peers.litserve import LitServe
@@ -65,7 +65,8 @@ _OVERLOAD_S = 10.0
 _SAMPLE_S = 2.0
 _POINT: Mapping[str, Point] = {point.name: point for point in POINTS}
 
-_Failure = (PeerError, InstallError, RuntimeError, OSError, httpx.HTTPError)
+_Failure = (RuntimeError, OSError, ValueError, LookupError, subprocess.SubprocessError, httpx.HTTPError, psutil.Error)
+"""Whatever goes wrong with one server is told in the table and ends nothing else."""
 
 
 @dataclass(frozen=True)
@@ -381,24 +382,25 @@ def _say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of load for each point and round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of load for each point and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10.0, help="of load while memory is watched")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which to measure, with commas between")
     parser.add_argument("--only", default="", help="servers to measure again, with commas between")
     parser.add_argument("--points", default="", help="points to measure, with commas between")
-    parser.add_argument("--kept", type=Path, default=KEPT, help="file of the results")
+    parser.add_argument("--kept", type=Path, help=f"file of the results; else {KEPT.relative_to(ROOT)}, and a temporary one for --quick")
     parser.add_argument("--quick", action="store_true", help="one second, one round, half a minute")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--write-docs", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     seconds, rounds, minutes = (1.0, 1, 0.5) if given.quick else (given.seconds, given.rounds, given.minutes)
-    options = Options(seconds, rounds, minutes, _words(given.sections), _words(given.only), _words(given.points), given.kept)
+    kept = given.kept or (Path(tempfile.gettempdir(), "millrace-serving-quick.json") if given.quick else KEPT)
+    options = Options(seconds, rounds, minutes, _words(given.sections), _words(given.only), _words(given.points), kept)
     unknown = [word for word in options.sections if word not in SECTIONS]
     if unknown:
         parser.error(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    results = read(given.kept) if given.show else measure(options)
+    results = read(kept) if given.show else measure(options)
     report.printed(results, show)
     if given.write_docs:
         PAGE.write_text(report.documented(PAGE.read_text(), results))

@@ -104,7 +104,7 @@ class PredictionsLogged(Payload):
 
     Columns: ``sequence``, ``outcome``, ``error``, ``protocol``, ``principal`` (places in ``outcomes``, ``errors``, ``protocols`` and
     ``principals``), ``status`` (HTTP status), ``accepted_at`` (seconds since 1970), ``latency_s``, ``queue_s``, ``model_s`` (NaN where the
-    request did not come so far), ``rows``, ``attempts``.
+    request did not come so far), ``rows``, ``request_bytes``, ``response_bytes``, ``attempts``.
 
     ``deployment_id``, ``model_name`` and ``model_version`` are empty where a request ended before a version was chosen. ``recovered`` rows
     were written for a gateway that did not live to do it: their times are NaN, and a row that was written after all comes twice.

@@ -99,9 +99,11 @@ class Millrace(Peer):
                 self.platform = None
 
     def gateway(self) -> list[psutil.Process]:
-        """The processes of the gateway."""
+        """The processes of the gateway; raises ``PeerError`` when it has none at the moment."""
         parts = json.loads(self._running().run("status", "--json"))["parts"]
         (pid,) = [part["pid"] for part in parts if part["name"] == "gateway"]
+        if pid is None:
+            raise PeerError("the gateway is being restarted")
         parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]
 

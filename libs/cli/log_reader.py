@@ -1,8 +1,9 @@
 """Reads the prediction log from Kafka."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as KafkaRecord
@@ -11,9 +12,29 @@ from libs.cli.errors import CommandError, UsageError
 from libs.messaging.records import Record
 from schemas.topics import PREDICTIONS
 
+T = TypeVar("T")
+
 METADATA_TIMEOUT_S = 10.0
 SILENCE_S = 30.0
 """Longest time a broker may say nothing while there is more to read."""
+
+PATIENCE_S = 15.0
+"""Longest time that is waited for a broker that is starting or changing leaders."""
+
+_PASSING = frozenset(
+    {
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._PARTITION_EOF,
+        KafkaError._TIMED_OUT,
+        KafkaError._TRANSPORT,
+        KafkaError.BROKER_NOT_AVAILABLE,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+    }
+)
+"""Errors of a broker that is starting or changing leaders; the client library tries again by itself."""
 
 _BATCH = 500
 _POLL_S = 0.2
@@ -95,24 +116,30 @@ class LogReader:
             error = message.error()
             if error is None:
                 yield _record(message)
-            elif not error.retriable() and error.code() != KafkaError._PARTITION_EOF:
+            elif error.code() not in _PASSING:
                 raise CommandError(f"{PREDICTIONS.name} cannot be read from {self._servers}: {error.str()}")
 
     def _partitions(self) -> list[TopicPartition]:
-        try:
-            topic = self._consumer.list_topics(PREDICTIONS.name, timeout=METADATA_TIMEOUT_S).topics[PREDICTIONS.name]
-        except KafkaException as error:
-            raise CommandError(f"the broker at {self._servers} does not answer: {error.args[0].str()}") from error
+        topics = self._patiently(lambda: self._consumer.list_topics(PREDICTIONS.name, timeout=METADATA_TIMEOUT_S).topics)
+        topic = topics[PREDICTIONS.name]
         if not topic.partitions:
             raise CommandError(f"there is no topic {PREDICTIONS.name} at {self._servers}; `millrace up` makes it")
         return [TopicPartition(PREDICTIONS.name, number) for number in topic.partitions]
 
     def _watermarks(self, place: TopicPartition) -> tuple[int, int]:
-        try:
-            low, high = self._consumer.get_watermark_offsets(place, timeout=METADATA_TIMEOUT_S)
-        except KafkaException as error:
-            raise CommandError(f"{PREDICTIONS.name} cannot be read from {self._servers}: {error.args[0].str()}") from error
+        low, high = self._patiently(lambda: self._consumer.get_watermark_offsets(place, timeout=METADATA_TIMEOUT_S))
         return low, high
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """Ask the broker; one that is just starting, or changing leaders, is asked again for a while."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return ask()
+            except KafkaException as error:
+                if error.args[0].code() not in _PASSING or time.monotonic() > deadline:
+                    raise CommandError(f"{PREDICTIONS.name} cannot be read from {self._servers}: {error.args[0].str()}") from error
+            time.sleep(_POLL_S)
 
     def _begins(self, since: datetime | None, ends: dict[int, int]) -> dict[int, int]:
         lows = {number: self._watermarks(TopicPartition(PREDICTIONS.name, number))[0] for number in ends}

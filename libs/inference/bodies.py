@@ -12,6 +12,9 @@ from schemas.inference import Signature
 MAX_CONTAINERS = 2_000_000
 """Lists and objects of one body: empty ones take two bytes of JSON, and sixty of memory once they are parsed."""
 
+MAX_VALUES = 8_000_000
+"""Commas of one body: more values are a matter of seconds in JSON, and of a millisecond as a binary tensor."""
+
 _MOST_NESTED = 32
 _MANY_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
@@ -24,12 +27,14 @@ def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
     ------
     InvalidInputError
         Empty, not JSON (also NaN, Infinity, numbers beyond float64, and bytes that are not UTF-8), not an object, a name given twice, or
-        more than ``MAX_CONTAINERS`` lists and objects.
+        more than ``MAX_CONTAINERS`` lists and objects or ``MAX_VALUES`` values.
     """
     if not body:
         raise InvalidInputError("the request body is empty")
     if len(body) > MAX_CONTAINERS and _count(body, b"[") + _count(body, b"{") > MAX_CONTAINERS:
         raise InvalidInputError(f"the request body has more than {MAX_CONTAINERS} lists and objects")
+    if len(body) > MAX_VALUES and _count(body, b",") > MAX_VALUES:
+        raise InvalidInputError(f"the request body has more than {MAX_VALUES} values; send so many as a binary tensor (V2)")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -92,6 +92,8 @@ def parse_lenient(body: bytes | bytearray | memoryview) -> dict[str, Any]:
             raise
     try:
         document = json.loads(content.decode(), object_pairs_hook=_unique)
+        if b"\\u" in content:
+            json.dumps(document, ensure_ascii=False).encode()  # raises where an escape is half a character: no answer could repeat it
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"the request body is not valid JSON: {error}") from error
     if not isinstance(document, dict):

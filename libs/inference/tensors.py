@@ -19,8 +19,8 @@ Array = npt.NDArray[Any]
 MAX_DIMENSIONS = 16
 """Deeper nested lists, and shapes with more dimensions, are refused; models take one to four."""
 
-_EXACT_FLOAT_INTEGER = 2**53
-"""Integers up to this one survive a float64."""
+_PIECE = 4096
+"""Values that are looked through at once for one that is no number."""
 
 _CODES = {
     "BOOL": "B",
@@ -111,7 +111,7 @@ def _repaired(flat: list[Any], shape: tuple[int, ...], datatype: str, what: str,
     try:
         return _packed(repaired, shape, datatype)
     except (struct.error, OverflowError, ValueError) as error:
-        raise InvalidInputError(_misfit(flat, shape, datatype, what, values)) from error
+        raise InvalidInputError(_misfit(repaired, shape, datatype, what, values)) from error
 
 
 def _with_nan(flat: list[Any]) -> list[Any]:
@@ -121,21 +121,33 @@ def _with_nan(flat: list[Any]) -> list[Any]:
 
 
 def _whole(flat: list[Any]) -> list[Any]:
-    """Whole floats as integers; everything else as it is."""
+    """Whole floats as integers; everything else as it is, and all if there is something among it that is no number."""
+    if None in flat:
+        return flat
     return [int(value) if type(value) is float and value.is_integer() else value for value in flat]
 
 
 def _misfit(flat: list[Any], shape: tuple[int, ...], datatype: str, what: str, values: Any) -> str:
-    """A sentence on the first value that an array of this datatype cannot hold."""
-    for index, value in enumerate(flat):
-        if isinstance(value, list):
-            return _ragged(values, what)
-        if isinstance(value, str | dict) or (value is None and not datatype.startswith("FP")):
-            return f"{what} expects {datatype}; element {_place(index, shape)} is {show(value)}"
-        reason = None if value is None else _out_of(datatype, value)
-        if reason is not None:
-            return f"{what} {reason}"
+    """A sentence on the first value that an array of this datatype cannot hold; looked for by pieces, as there may be millions."""
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
+        try:
+            _packed(piece, (len(piece),), datatype)
+        except (struct.error, OverflowError, ValueError):
+            for index, value in enumerate(piece, start):
+                reason = _no_number(value, index, shape, datatype, what, values)
+                if reason is not None:
+                    return reason
     return f"{what} does not hold numbers of {datatype}"
+
+
+def _no_number(value: Any, index: int, shape: tuple[int, ...], datatype: str, what: str, values: Any) -> str | None:
+    if isinstance(value, list):
+        return _ragged(values, what)
+    if value is None or isinstance(value, str | dict):
+        return f"{what} expects {datatype}; element {_place(index, shape)} is {show(value)}"
+    reason = _out_of(datatype, value)
+    return None if reason is None else f"{what} {reason}"
 
 
 def _out_of(datatype: str, value: Any) -> str | None:
@@ -258,7 +270,9 @@ def nested_shape(values: Any, depth: int = MAX_DIMENSIONS) -> tuple[int, ...] | 
     """
     if not isinstance(values, list):
         return ()
-    if depth == 0:
+    if list not in map(type, values):
+        return (len(values),)
+    if depth == 1:
         raise InvalidInputError(f"lists are nested deeper than {MAX_DIMENSIONS}")
     shapes = {nested_shape(value, depth - 1) for value in values}
     if len(shapes) > 1 or None in shapes:

@@ -4,7 +4,8 @@ Instances are rows, or objects keyed by feature name or by input name; ``inputs`
 Serving does. ``"outputs": ["predict_proba"]``, at the top or in ``parameters``, asks for other outputs than the first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -121,24 +122,28 @@ def _from_positions(instances: list[Any], signature: Signature) -> dict[str, Arr
 
 
 def _from_objects(instances: list[Any], signature: Signature) -> dict[str, Array]:
-    for index, row in enumerate(instances):
-        if type(row) is not dict:
-            raise InvalidInputError(f"instances[0] is an object, so instances[{index}] must be one too; it is {show(row)}")
-    inputs = {spec.name for spec in signature.inputs}
-    if signature.feature_names is None or len(signature.inputs) > 1 or inputs.issuperset(instances[0]):
-        return {spec.name: _rows(_column(instances, spec.name, inputs), spec, "instances") for spec in signature.inputs}
-    names = signature.feature_names
-    known = set(names)
-    for index, row in enumerate(instances):
-        _check_keys(row, known, f"instances[{index}]")
+    if set(map(type, instances)) != {dict}:
+        index, row = next((index, row) for index, row in enumerate(instances) if type(row) is not dict)
+        raise InvalidInputError(f"instances[0] is an object, so instances[{index}] must be one too; it is {show(row)}")
     spec = signature.inputs[0]
-    return {spec.name: _rows([[row[name] for name in names] for row in instances], spec, "instances")}
+    inputs = [each.name for each in signature.inputs]
+    if signature.feature_names is not None and len(inputs) == 1 and not instances[0].keys() <= {spec.name}:
+        return {spec.name: _rows(list(map(list, _members(instances, signature.feature_names))), spec, "instances")}
+    columns = zip(*_members(instances, inputs), strict=True)
+    return {each.name: _rows(list(column), each, "instances") for each, column in zip(signature.inputs, columns, strict=True)}
 
 
-def _column(instances: list[dict[str, Any]], name: str, inputs: set[str]) -> list[Any]:
-    for index, row in enumerate(instances):
-        _check_keys(row, inputs, f"instances[{index}]")
-    return [row[name] for row in instances]
+def _members(instances: list[dict[str, Any]], names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The members of objects that each must have these names and no other."""
+    try:
+        members = [(row[names[0]],) for row in instances] if len(names) == 1 else list(map(itemgetter(*names), instances))
+    except KeyError:
+        members = []
+    if not members or set(map(len, instances)) != {len(names)}:
+        known = set(names)
+        for index, row in enumerate(instances):
+            _check_keys(row, known, f"instances[{index}]")
+    return members
 
 
 def _check_keys(row: dict[str, Any], known: set[str], what: str) -> None:

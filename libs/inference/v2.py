@@ -35,6 +35,9 @@ from schemas.inference import Signature, TensorSpec
 MAX_STRINGS = 1_000_000
 """Elements of one binary BYTES tensor; they are taken apart one by one, about a quarter of a second for so many."""
 
+_BEYOND_ANY_SIZE = 2**63
+"""Lenient JSON knows integers of thousands of digits, whose products nothing can print."""
+
 _DATATYPES = ", ".join([*NUMPY_DTYPES, "BF16"])
 
 
@@ -158,7 +161,7 @@ def read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
         raise InvalidInputError(f"{what} needs a shape of non-negative integers")
     if len(shape) <= MAX_DIMENSIONS:
         for size in shape:
-            if type(size) is not int or size < 0:
+            if type(size) is not int or not 0 <= size < _BEYOND_ANY_SIZE:
                 raise InvalidInputError(f"{what} needs a shape of non-negative integers")
     given = tuple(shape)
     if not has_shape(given, spec.shape):

@@ -23,6 +23,8 @@ from libs.inference.tensors import Array, convert, show_shape
 from libs.runner.wire import NUMPY_DTYPES, Arrays, datatype_of, encode_tensor
 from schemas.inference import Signature, TensorSpec
 
+_Levels = Mapping[int, "_Levels"]
+
 CONTENT_TYPE = "application/vnd.oip.v2+protobuf"
 """Content type of a record whose value is a serialised ``ModelInferRequest`` or ``ModelInferResponse``."""
 
@@ -42,6 +44,13 @@ _FIELDS = {
 }
 """Datatype -> its field in typed contents; FP16 has none."""
 
+_MANY_BYTES = 256 * 1024
+_MOST_FIELDS = 100_000
+"""A field of two bytes can become an object of fifty in memory: a larger request may have so many fields, and so many typed strings."""
+
+_COUNTED: _Levels = {5: {5: {}}}
+"""Messages inside a request that can hold many fields: ``inputs``, and in them ``contents``."""
+
 Tensor = ModelInferRequest.InferInputTensor | ModelInferResponse.InferOutputTensor
 
 
@@ -53,6 +62,8 @@ def read(body: bytes) -> ModelInferRequest:
     InvalidInputError
         It is none, or names no model.
     """
+    if len(body) > _MANY_BYTES:
+        _count_fields(body, 0, len(body), _COUNTED, _MOST_FIELDS)
     try:
         message = ModelInferRequest.FromString(body)
     except DecodeError as error:
@@ -187,6 +198,40 @@ def _from_typed(tensor: Tensor, shape: tuple[int, ...], what: str) -> Array:
         # Protobuf gives its numbers to NumPy as they lie in memory.
         array = convert(np.asarray(values), NUMPY_DTYPES[datatype], datatype, what)
     return array.reshape(shape)
+
+
+def _count_fields(body: bytes, position: int, end: int, levels: _Levels, left: int) -> int:
+    """How many fields may still come; raises when there are too many. What is malformed is left to the parser."""
+    while position < end:
+        tag, position = _varint(body, position)
+        kind = tag & 7
+        if kind == 2:
+            length, position = _varint(body, position)
+            inner = levels.get(tag >> 3)
+            if inner is not None:
+                left = _count_fields(body, position, min(position + length, end), inner, left)
+            position += length
+        elif kind == 0:
+            _, position = _varint(body, position)
+        elif kind in (1, 5):
+            position += 8 if kind == 1 else 4
+        else:
+            raise InvalidInputError("the request is not a serialised ModelInferRequest")
+        left -= 1
+        if left < 0:
+            raise InvalidInputError(f"the request has more than {_MOST_FIELDS} fields; send tensors in raw_input_contents")
+    return left
+
+
+def _varint(body: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    for octet in body[position : position + 10]:
+        value |= (octet & 0x7F) << shift
+        position += 1
+        if octet < 0x80:
+            return value, position
+        shift += 7
+    raise InvalidInputError("the request is not a serialised ModelInferRequest")
 
 
 def _write(arrays: Arrays, wants_raw: bool, tensors: Any, raw: MutableSequence[bytes]) -> None:

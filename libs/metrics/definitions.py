@@ -85,9 +85,9 @@ BATCH_ERRORS = _counter("millrace_batch_errors_total", "Batches that came to not
 
 # The gateway's HTTP and gRPC doors
 
-REQUEST_BYTES = _counter("millrace_request_bytes_total", "Bytes of request bodies.", "protocol")
-RESPONSE_BYTES = _counter("millrace_response_bytes_total", "Bytes of answers' bodies.", "protocol")
-CONNECTIONS = _gauge("millrace_connections", "Open connections of clients.", "transport")
+REQUEST_BYTES = _counter("millrace_request_bytes_total", "Bytes of the bodies of predict requests that ended.", *_DEPLOYMENT)
+RESPONSE_BYTES = _counter("millrace_response_bytes_total", "Bytes of the bodies of their answers.", *_DEPLOYMENT)
+CONNECTIONS = _gauge("millrace_connections", "Open connections of clients, by transport: http or grpc.", "transport")
 
 # The prediction log and the request ledger
 

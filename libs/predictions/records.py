@@ -39,6 +39,8 @@ COLUMNS: Mapping[str, np.dtype[Any]] = {
     "queue_s": np.dtype("<f4"),
     "model_s": np.dtype("<f4"),
     "rows": np.dtype("<u4"),
+    "request_bytes": np.dtype("<u4"),
+    "response_bytes": np.dtype("<u4"),
     "attempts": np.dtype("u1"),
 }
 """Name and type of each column."""

@@ -16,6 +16,7 @@ from libs.messaging.follower import Follower
 from libs.messaging.kafka import KafkaBroker
 from libs.messaging.processing import Processor
 from libs.metrics import PROCESS, Metrics
+from libs.metrics.definitions import CONNECTIONS
 from libs.metrics.exposition import Exposition
 from schemas.operations import PredictionAccepted, PredictionEnded
 from schemas.topics import COMMANDS, DLQ, EVENTS, OPERATIONS, STATE
@@ -112,6 +113,7 @@ def build(
             drain_timeout_s=settings.drain_timeout_s,
             reuse_port=reuse_port,
         )
+    metrics.watch(CONNECTIONS, lambda: _connections(server, grpc))
     components: tuple[Component, ...] = (
         recorder,
         *([shared] if settings.workers > 1 else []),
@@ -162,6 +164,12 @@ def _handlers(catalog: Catalog, health: Health) -> Mapping[tuple[str, str], Hand
         **vertex.handlers(catalog),
         **invocations.handlers(catalog, health),
     }
+
+
+def _connections(server: HttpServer, grpc: GrpcServer | None) -> list[tuple[tuple[str], int]]:
+    """Open connections by transport."""
+    opened = [(("http",), len(server.connections) if server.connections is not None else 0)]
+    return opened if grpc is None else [*opened, (("grpc",), grpc.connections)]
 
 
 class StateFollower(Follower):

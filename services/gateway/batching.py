@@ -31,7 +31,10 @@ class BatchLimits:
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """One accepted request on its way; times are those of the event loop's clock, in seconds, and 0 when not reached."""
+    """One accepted request on its way; times are those of ``time.monotonic``, in seconds, and 0 when not reached.
+
+    (uvloop's own clock is the same but moves in whole milliseconds.)
+    """
 
     ask: Ask
     caller: Caller
@@ -47,6 +50,7 @@ class Pending:
     sent_s: float = 0.0
     ended_s: float = 0.0
     model_s: float = 0.0
+    answer_bytes: int = 0
     attempts: int = 0
     is_alone: bool = False
     is_over: bool = False
@@ -89,6 +93,8 @@ class Lane:
         Seconds that a batch takes, smoothed.
     flush_is_due
         Whether batches will be formed in this turn of the event loop anyway.
+    is_away
+        Whether there is no replica that answers: all were lost, or there are none.
     """
 
     def __init__(self, route: Route, limits: BatchLimits) -> None:
@@ -101,6 +107,7 @@ class Lane:
         self._queue: OrderedDict[Pending, None] = OrderedDict()
         self._busy: dict[Replica, int] = dict.fromkeys(route.replicas, 0)
         self._lost: set[Replica] = set()
+        self.is_away = not self._busy
 
     @property
     def queued(self) -> int:
@@ -141,6 +148,7 @@ class Lane:
         self.route = route
         self._busy = {replica: self._busy.get(replica, 0) for replica in route.replicas}
         self._lost.intersection_update(self._busy)
+        self.is_away = len(self._lost) == len(self._busy)
 
     def put(self, pending: Pending) -> None:
         """Have a request wait."""
@@ -156,6 +164,10 @@ class Lane:
         """Free the place of a request that ended while it waited."""
         self._queue.pop(pending, None)
 
+    def waiting(self) -> list[Pending]:
+        """All requests that wait."""
+        return list(self._queue)
+
     def clear(self) -> list[Pending]:
         """Take all requests that wait."""
         waiting = list(self._queue)
@@ -166,15 +178,21 @@ class Lane:
         """Give a replica nothing more until it answers again."""
         if replica in self._busy:
             self._lost.add(replica)
+            self.is_away = len(self._lost) == len(self._busy)
 
     def find(self, replica: Replica) -> None:
         """Trust a replica again."""
         self._lost.discard(replica)
+        self.is_away = len(self._lost) == len(self._busy)
+
+    def release(self, replica: Replica) -> None:
+        """A replica has a batch less."""
+        if self._busy.get(replica, 0) > 0:
+            self._busy[replica] -= 1
 
     def returned(self, batch: Batch, took_s: float) -> None:
         """Count out a batch."""
-        if self._busy.get(batch.replica, 0) > 0:
-            self._busy[batch.replica] -= 1
+        self.release(batch.replica)
         if self.batch_s == 0.0:
             self.batch_s, self._per_batch = took_s, float(len(batch.members))
         else:

@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Protocol as Interface
 
 from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceError, NotFoundError, NotReadyError, OverloadedError
@@ -116,6 +117,7 @@ class DataPlane:
             probe.cancel()
         for pending in list(self._open):
             self._end(pending, Outcome.FAILED, NotReadyError("the gateway is stopping"))
+        self._lanes.clear()
         await self._pool.close()
 
     async def infer(self, ask: Ask, caller: Caller) -> Outgoing:
@@ -161,7 +163,7 @@ class DataPlane:
         except MillraceError as error:
             self._recorder.refused(target.endpoint_name if not isinstance(error, NotFoundError) else "", ask.protocol, _reason(error))
             raise
-        now = self._loop.time()
+        now = monotonic()
         pending = Pending(ask, caller, done, now, now + timeout_ms / 1000)
         self._open.add(pending)
         self._retries.earn()
@@ -228,8 +230,10 @@ class DataPlane:
             return
         pending.route = route
         lane = pending.lane = self._lane(route)
-        pending.queued_s = self._loop.time()
+        pending.queued_s = monotonic()
         lane.put(pending)
+        if lane.is_away:
+            self._wait_for_replica(pending)
         if not lane.flush_is_due:
             # What else this turn of the event loop brings leaves in the same batch.
             lane.flush_is_due = True
@@ -246,10 +250,15 @@ class DataPlane:
             if taken is None:
                 return
             members, own_reason = taken
-            self._send(lane, replica, members, own_reason or reason)
+            try:
+                self._send(lane, replica, members, own_reason or reason)
+            except Exception:
+                log.exception("a bug: a batch for %s could not be sent", lane.route.deployment_id)
+                lane.release(replica)
+                self._abandon(members)
 
     def _send(self, lane: Lane, replica: Replica, members: list[Pending], reason: str) -> None:
-        now = self._loop.time()
+        now = monotonic()
         requests: list[InferRequest] = []
         rows = 0
         traceparent = None
@@ -276,7 +285,19 @@ class DataPlane:
         )
 
     def _answered(self, lane: Lane, batch: Batch, answer: InferResponse | MillraceError) -> None:
-        batch.answered_s = self._loop.time()
+        try:
+            self._take(lane, batch, answer)
+        except Exception:
+            log.exception("a bug: what %s answered could not be handled", batch.route.deployment_id)
+            self._abandon(batch.members)
+
+    def _abandon(self, members: list[Pending]) -> None:
+        """End requests whose batch a bug has stopped: nobody shall wait for an answer that will not come."""
+        for pending in members:
+            self._end(pending, Outcome.FAILED, InternalError("something went wrong in the gateway between the request and its answer"))
+
+    def _take(self, lane: Lane, batch: Batch, answer: InferResponse | MillraceError) -> None:
+        batch.answered_s = monotonic()
         lane.returned(batch, batch.answered_s - batch.sent_s)
         if isinstance(answer, RunnerGoneError | NotReadyError):
             lane.lose(batch.replica)
@@ -298,15 +319,15 @@ class DataPlane:
             self._recorder.batch_ended(batch, uneven)
             self._ask_alone(lane, batch)
             return
-        if answer.span is not None:
-            for pending in batch.members:
-                if pending.caller.traceparent is not None:
-                    self._pool.export_span(answer.span, pending.caller.traceparent, batch.route, batch.replica)
         for pending, outputs in zip(batch.members, parts, strict=True):
             if not pending.is_over:
                 pending.model_s = batch.model_s
                 self._complete(pending, batch.route, InferResponse(outputs))
         self._recorder.batch_ended(batch, None)
+        if answer.span is not None:
+            for pending in batch.members:
+                if pending.caller.traceparent is not None:
+                    self._pool.export_span(answer.span, pending.caller.traceparent, batch.route, batch.replica)
 
     def _complete(self, pending: Pending, route: Route, response: InferResponse) -> None:
         assert pending.request is not None  # noqa: S101 - it was parsed before it was sent
@@ -336,7 +357,7 @@ class DataPlane:
         for pending in waiting:
             pending.is_alone = True
             pending.attempts -= 1
-        lane.put_back(waiting)
+        self._queue_again(lane, waiting)
         self._flush(lane, "alone")
 
     def _try_again(self, lane: Lane, batch: Batch, error: MillraceError) -> None:
@@ -347,20 +368,38 @@ class DataPlane:
             endpoint_name = batch.route.endpoint_name
             if pending.attempts >= _MOST_ATTEMPTS:
                 self._end(pending, Outcome.FAILED, NotReadyError(f"endpoint {endpoint_name!r} lost two runners over this request: {error}"))
-            elif not self._retries.take(self._loop.time()):
+            elif not self._retries.take(monotonic()):
                 self._end(pending, Outcome.FAILED, NotReadyError(f"endpoint {endpoint_name!r} lost the runner: {error}"))
             else:
+                # If one of them killed the runner, it kills the next one alone.
+                pending.is_alone = pending.is_alone or len(batch.members) > 1
                 again.append(pending)
-        lane.put_back(again)
-        for pending in again:
-            self._wait_for_replica(pending)
+        self._queue_again(lane, again)
+        self._limit_waiting(lane)
         self._flush(lane, "returned")
+
+    def _queue_again(self, lane: Lane, members: list[Pending]) -> None:
+        """Have requests wait again, before all others; elsewhere, if the lane's deployment is gone in the meantime."""
+        if lane.route.replicas:
+            lane.put_back(members)
+            return
+        for pending in members:
+            self._route_again(pending)
+
+    def _limit_waiting(self, lane: Lane) -> None:
+        """Let what waits in a lane without a replica that answers wait only so long."""
+        if lane.is_away:
+            for pending in lane.waiting():
+                self._wait_for_replica(pending)
 
     def _wait_for_replica(self, pending: Pending) -> None:
         if pending.patience is None:
             pending.patience = self._loop.call_later(self._limits.replica_wait_s, self._give_up, pending)
 
     def _give_up(self, pending: Pending) -> None:
+        pending.patience = None
+        if pending.lane is not None and not pending.lane.is_away:
+            return  # a replica answers again and is busy: now only the deadline counts
         target = pending.ask.target
         try:
             self._catalog.routing.check(target.endpoint_name, target.version, target.alias)
@@ -379,7 +418,7 @@ class DataPlane:
         if pending.is_over:
             return
         pending.is_over = True
-        pending.ended_s = self._loop.time()
+        pending.ended_s = monotonic()
         self._open.discard(pending)
         if pending.timer is not None:
             pending.timer.cancel()
@@ -387,10 +426,15 @@ class DataPlane:
             pending.patience.cancel()
         if pending.lane is not None:
             pending.lane.remove(pending)
+        if outgoing is not None:
+            pending.answer_bytes = len(outgoing.body)
         self._recorder.ended(pending, outcome, error)
-        pending.done(outgoing if outgoing is not None else error)  # type: ignore[arg-type]
+        done, pending.done = pending.done, _nobody
         pending.timer = pending.patience = None
-        pending.done = _nobody
+        try:
+            done(outgoing if outgoing is not None else error)  # type: ignore[arg-type]
+        except Exception:
+            log.exception("a bug: nobody could be told how a request of %s ended", pending.ask.target.endpoint_name)
 
     def _adapt(self) -> None:
         """Follow a change of the catalog: forget runners that are gone, find those that wait a new way."""
@@ -398,15 +442,17 @@ class DataPlane:
         self._pool.keep({replica for deployment in deployments.values() for replica in deployment.replicas})
         for deployment_id, lane in list(self._lanes.items()):
             deployment = deployments.get(deployment_id)
-            if deployment is None or not deployment.replicas:
-                stranded = lane.clear()
-                if lane.in_flight == 0 and deployment is None:
-                    del self._lanes[deployment_id]
-                for pending in stranded:
+            replicas = () if deployment is None else deployment.replicas
+            if deployment is None:
+                del self._lanes[deployment_id]
+            if replicas == lane.route.replicas:
+                continue
+            lane.update(replace(lane.route, replicas=replicas))
+            if not replicas:
+                for pending in lane.clear():
                     self._route_again(pending)
-            elif deployment.replicas != lane.route.replicas:
-                lane.update(replace(lane.route, replicas=deployment.replicas))
-                self._flush(lane, "idle")
+            self._limit_waiting(lane)
+            self._flush(lane, "idle")
         for pending in [pending for pending in self._open if pending.route is None]:
             self._route_again(pending)
 
@@ -425,23 +471,22 @@ class DataPlane:
     def _probe(self, replica: Replica) -> None:
         """Ask a lost replica until it answers again or is known no more."""
         if replica not in self._probes:
-            probe = self._probes[replica] = self._loop.create_task(self._until_found(replica))
-            probe.add_done_callback(lambda _: self._probes.pop(replica, None))
+            self._probes[replica] = self._loop.create_task(self._until_found(replica))
 
     async def _until_found(self, replica: Replica) -> None:
-        while True:
-            lanes = [lane for lane in self._lanes.values() if replica in lane.lost]
-            if not lanes:
-                return
-            try:
-                await self._pool.ping(replica, timeout_s=_PING_TIMEOUT_S)
-            except MillraceError:
-                await asyncio.sleep(_PING_PAUSE_S)
-                continue
-            for lane in lanes:
-                lane.find(replica)
-                self._flush(lane, "idle")
-            return
+        try:
+            while lanes := [lane for lane in self._lanes.values() if replica in lane.lost]:
+                try:
+                    await self._pool.ping(replica, timeout_s=_PING_TIMEOUT_S)
+                    break
+                except MillraceError:
+                    await asyncio.sleep(_PING_PAUSE_S)
+        finally:
+            # Before it is given anything: if it is lost over that, the next probe can begin.
+            del self._probes[replica]
+        for lane in lanes:
+            lane.find(replica)
+            self._flush(lane, "idle")
 
 
 class _RetryBudget:

@@ -69,13 +69,14 @@ def error_answer(error: MillraceError, path: bytes | str) -> Outgoing:
     status = int(error.http_status)
     headers = tuple(_headers(error, status))
     segments = _segments(path)
+    message = error.message if error.message.isascii() else error.message.encode("utf-8", "replace").decode()
     if _is_google(segments):
         if isinstance(error, NothingDeployedError):
-            return json_answer(_google(error, 400, "FAILED_PRECONDITION"), 400)
-        return json_answer(_google(error, status), status, headers)
+            return json_answer(_google(message, 400, "FAILED_PRECONDITION"), 400)
+        return json_answer(_google(message, status), status, headers)
     if _is_scoring(segments):
-        return json_answer(_mlflow(error, status), status, (*headers, (b"x-amzn-errortype", _sagemaker_type(error, status).encode())))
-    return json_answer({"error": error.message}, status, headers)
+        return json_answer(_mlflow(message, status), status, (*headers, (b"x-amzn-errortype", _sagemaker_type(error, status).encode())))
+    return json_answer({"error": message}, status, headers)
 
 
 def _headers(error: MillraceError, status: int) -> list[tuple[bytes, bytes]]:
@@ -103,13 +104,13 @@ def _is_scoring(segments: list[str]) -> bool:
     return segments[0] in _SCORING or segments[:3] == ["api", "2.0", "endpoints"]
 
 
-def _google(error: MillraceError, status: int, code: str = "") -> dict[str, Any]:
+def _google(message: str, status: int, code: str = "") -> dict[str, Any]:
     code = code or _GOOGLE_CODES.get(status, "INVALID_ARGUMENT" if status < 500 else "UNKNOWN")
-    return {"error": {"code": status, "message": error.message, "status": code}}
+    return {"error": {"code": status, "message": message, "status": code}}
 
 
-def _mlflow(error: MillraceError, status: int) -> dict[str, str]:
-    return {"error_code": _MLFLOW_CODES.get(status, "BAD_REQUEST" if status < 500 else "INTERNAL_ERROR"), "message": error.message}
+def _mlflow(message: str, status: int) -> dict[str, str]:
+    return {"error_code": _MLFLOW_CODES.get(status, "BAD_REQUEST" if status < 500 else "INTERNAL_ERROR"), "message": message}
 
 
 def _sagemaker_type(error: MillraceError, status: int) -> str:

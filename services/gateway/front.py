@@ -130,7 +130,7 @@ class Front:
             if admission.prefers_async:
                 self._later(self._run_handler(exchange, visit, partial(self._asynchronous.accept, ask, exchange.raw_path), incoming))
                 return
-            caller = Caller(visit.request_id, admission.principal.name, None if span is None else traceparent_of(span))
+            caller = Caller(visit.request_id, admission.principal.name, None if span is None else traceparent_of(span), len(exchange.body))
             pending = self._dataplane.submit(ask, caller, partial(self._answer, exchange))
         except MillraceError as error:
             self._fail(exchange, error)
@@ -163,10 +163,14 @@ class Front:
     def _answer(self, exchange: Exchange, result: Outgoing | MillraceError) -> None:
         """Send what the data plane says."""
         exchange.on_gone = None
-        if isinstance(result, MillraceError):
-            self._fail(exchange, result)
-        else:
-            self._send(exchange, result)
+        try:
+            if isinstance(result, MillraceError):
+                self._fail(exchange, result)
+            else:
+                self._send(exchange, result)
+        except Exception:
+            log.exception("a bug: the answer to %s could not be sent", exchange.raw_path[:200])
+            self._bug(exchange)
 
     def _fail(self, exchange: Exchange, error: MillraceError) -> None:
         self._send(exchange, error_answer(error, exchange.raw_path), error)

@@ -52,6 +52,8 @@ _SPARE = 1_024
 _SLOT = struct.Struct("<QdIBB128s")
 """Sequence, time of acceptance on the process's clock, door, state, length of the request id, request id."""
 
+_pack_slot = _SLOT.pack_into
+
 _STATE = 20
 _IDENTITY_BYTES = 128
 _FIRST_DOOR = _HEADER_BYTES
@@ -154,7 +156,7 @@ class Ledger:
         if memory[offset + _STATE] == _IN_FLIGHT:
             offset = self._displace(sequence)
         identity = request_id.encode()[:_IDENTITY_BYTES]
-        _SLOT.pack_into(memory, offset, sequence, accepted_s, door, _IN_FLIGHT, len(identity), identity)
+        _pack_slot(memory, offset, sequence, accepted_s, door, _IN_FLIGHT, len(identity), identity)
         self._counters[_ACCEPTED] = sequence
 
     def end(self, sequence: int, state: int) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import struct
+import time
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -22,7 +23,7 @@ from schemas.predictions import OutcomeCounts, PredictionLogMode, PredictionLogS
 
 log = logging.getLogger(__name__)
 
-ROW = struct.Struct("<qdddddIHBBBB")
+ROW = struct.Struct("<qdddddIIIHBBBB")
 """One row as ``add`` packs it; the fields are those of ``ROW_TYPE``."""
 
 ROW_TYPE = np.dtype(
@@ -34,6 +35,8 @@ ROW_TYPE = np.dtype(
         ("ended_s", "<f8"),
         ("model_s", "<f8"),
         ("rows", "<u4"),
+        ("request_bytes", "<u4"),
+        ("response_bytes", "<u4"),
         ("status", "<u2"),
         ("outcome", "u1"),
         ("error", "u1"),
@@ -275,6 +278,8 @@ class Piece:
             "queue_s": np.where(rows["queued_s"] > 0, left_queue - rows["queued_s"], np.nan),
             "model_s": np.where(rows["model_s"] > 0, rows["model_s"], np.nan),
             "rows": rows["rows"],
+            "request_bytes": rows["request_bytes"],
+            "response_bytes": rows["response_bytes"],
             "attempts": rows["attempts"],
         }
         return {name: np.ascontiguousarray(values[name], dtype) for name, dtype in COLUMNS.items()}
@@ -397,7 +402,7 @@ class LogWriter:
         self._is_drained.clear()
 
     def is_away(self, now_s: float) -> bool:
-        """Whether the broker does not take records now, on the event loop's clock."""
+        """Whether the broker does not take records now, on the monotonic clock."""
         return self._is_failing or (self._sending_since_s > 0 and now_s - self._sending_since_s > PATIENCE_S)
 
     async def run(self) -> None:
@@ -422,7 +427,7 @@ class LogWriter:
 
     async def _send(self) -> bool:
         items = self._next()
-        self._sending_since_s = asyncio.get_running_loop().time()
+        self._sending_since_s = time.monotonic()
         try:
             await self._producer.send([item.record for item in items])
         except MillraceError as error:

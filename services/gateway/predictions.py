@@ -88,8 +88,11 @@ class Caller:
     ----------
     traceparent
         W3C trace context of the gateway's own span when the request is traced (sampled); else None.
+    body_bytes
+        Size of the request's body as it came.
     """
 
     request_id: str
     principal: str = "local"
     traceparent: str | None = None
+    body_bytes: int = 0

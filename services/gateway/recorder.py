@@ -58,6 +58,8 @@ ORPHANS_S = 15.0
 
 _STATES = {Outcome.COMPLETED: COMPLETED, Outcome.FAILED: FAILED, Outcome.EXPIRED: EXPIRED}
 _PROTOCOL_CODES = {protocol: code for code, protocol in enumerate(PROTOCOLS)}
+_pack_row = ROW.pack_into
+_ROW_BYTES = ROW.size
 _NO_ROWS: npt.NDArray[np.int64] = np.empty(0, np.int64)
 _DEFAULTS = PredictionLogSettings()
 
@@ -126,7 +128,6 @@ class Recorder:
         self._recovery = Recovery(directory, self._send_surely, metrics, clock)
         self._stopping = asyncio.Event()
         self._ledger: Ledger
-        self._loop: asyncio.AbstractEventLoop
         self._sequence = 0
         self._doors: dict[Protocol, dict[str, _Door]] = {protocol: {} for protocol in Protocol}
         self._logs: dict[str, _Log] = {}
@@ -180,10 +181,11 @@ class Recorder:
             except KeyError:
                 rows = self._open_log(route.endpoint_name, route.deployment_id, route.model_name, str(route.version))
         code, status = (0, 200) if error is None else self._error_code(error)
+        caller = pending.caller
         count = rows.count
-        ROW.pack_into(
+        _pack_row(
             rows.buffer,
-            count * ROW.size,
+            count * _ROW_BYTES,
             sequence,
             pending.accepted_s,
             pending.queued_s,
@@ -191,14 +193,16 @@ class Recorder:
             pending.ended_s,
             pending.model_s,
             pending.rows,
+            caller.body_bytes,
+            pending.answer_bytes,
             status,
             state - COMPLETED,
             code,
             _PROTOCOL_CODES[pending.ask.protocol],
             pending.attempts,
         )
-        rows.ids.append(pending.caller.request_id)
-        rows.principals.append(pending.caller.principal)
+        rows.ids.append(caller.request_id)
+        rows.principals.append(caller.principal)
         rows.count = count = count + 1
         if count == FOLD_ROWS:
             self._fold(rows)
@@ -225,9 +229,8 @@ class Recorder:
     # Life
 
     async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ticked_at_s = self._stated_at_s = self._loop.time()
-        self._ledger = Ledger(self._directory, self.instance, self._loop.time())
+        self._ticked_at_s = self._stated_at_s = time.monotonic()
+        self._ledger = Ledger(self._directory, self.instance, time.monotonic())
         await self._producer.start()
         self._state(InstanceState.LIVE)
 
@@ -279,7 +282,7 @@ class Recorder:
 
     def tick(self) -> None:
         """What is done a few times a second."""
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         elapsed_s, self._ticked_at_s = now_s - self._ticked_at_s, now_s
         self._allowance.refill(elapsed_s)
         for kept in self._all_logs():
@@ -311,7 +314,7 @@ class Recorder:
             return
         if waiting > self._limits.queue_bytes / 2:
             self._left_out(kept, "no_room", kept.drop_payload())
-        wall_minus_clock_s = time.time() - self._loop.time()
+        wall_minus_clock_s = time.time() - time.monotonic()
         for piece in kept.cut():
             counts = records.counts_of(piece.rows["outcome"])
             principals: list[str] = []
@@ -324,7 +327,7 @@ class Recorder:
 
     def _head(self, kept: DeploymentLog) -> dict[str, object]:
         self._ledger.records += 1
-        self._stated, self._stated_at_s = self._counters(), self._loop.time()
+        self._stated, self._stated_at_s = self._counters(), time.monotonic()
         return {
             "instance": self.instance,
             "record": self._ledger.records,
@@ -368,7 +371,7 @@ class Recorder:
         return self._ledger.counters().model_copy(update={"logged": OutcomeCounts(**self._made)})
 
     def _state(self, state: InstanceState) -> None:
-        self._stated, self._stated_at_s = self._counters(), self._loop.time()
+        self._stated, self._stated_at_s = self._counters(), time.monotonic()
         self._statements += 1
         counted = RequestsCounted(instance=self.instance, state=state, records=self._ledger.records, counters=self._stated)
         self._put(records.write_count(counted, self._statements, self._clock()))
@@ -389,7 +392,7 @@ class Recorder:
 
     def _look_at_the_broker(self) -> None:
         """Refuse what must be logged while it cannot be, and tell of rows that were lost once it can."""
-        is_away = self._writer.is_away(self._loop.time())
+        is_away = self._writer.is_away(time.monotonic())
         self._metrics.gauge(metric.LOG_AVAILABLE).value = int(not is_away)
         if is_away or self._writer.queued_bytes > self._limits.queue_bytes / 2:
             self._refusing = {name: _unavailable(name) for name, log in self._endpoint_logs() if log.mode is PredictionLogMode.REQUIRED}

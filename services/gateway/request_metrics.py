@@ -30,6 +30,8 @@ class RequestMetrics:
         self._batches: dict[str, Counter] = {}
         self.answered: list[tuple[float, float, float]] = []
         self.rows = metrics.counter(metric.REQUEST_ROWS, *labels)
+        self.request_bytes = metrics.counter(metric.REQUEST_BYTES, *labels)
+        self.response_bytes = metrics.counter(metric.RESPONSE_BYTES, *labels)
         self.retries = metrics.counter(metric.REQUEST_RETRIES, *labels)
         self.request_s = metrics.histogram(metric.REQUEST_SECONDS, *labels)
         self.queue_s = metrics.histogram(metric.QUEUE_SECONDS, *labels)
@@ -55,6 +57,8 @@ class RequestMetrics:
             if number:
                 self._outcome(code).value += number
         self.rows.value += int(rows["rows"].sum())
+        self.request_bytes.value += int(rows["request_bytes"].sum())
+        self.response_bytes.value += int(rows["response_bytes"].sum())
         self.retries.value += int(np.maximum(rows["attempts"], 1).sum()) - len(rows)
         _observe(self.request_s, rows["ended_s"] - rows["accepted_s"])
         sent = rows[rows["sent_s"] > 0]

@@ -8,6 +8,7 @@ import socket
 from libs.errors import ConfigurationError
 from services.gateway.health import Health
 from services.gateway.http import Application, Connections
+from services.gateway.memory import keep_freed_memory
 from services.gateway.settings import HttpSettings
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class HttpServer:
         self.connections: Connections | None = None
 
     async def start(self) -> None:
+        keep_freed_memory()
         allow_open_files(self._limits.max_connections + SPARE_FILES)
         listener = self._listen()
         self.port = listener.getsockname()[1]

@@ -25,8 +25,8 @@ what it advises, or what clients in use rely on. "–" means that there is nothi
 """
 
 _DEVIATION = """\
-Millrace departs from one sentence on purpose: a request that names no outputs is answered with the first output of the metadata only
-(`predict`). The others (probabilities, scores) are each another pass through the model, and are given to who names them.
+Millrace departs from one sentence on purpose, over REST and gRPC: a request that names no outputs is answered with the first output of the
+metadata only (`predict`). The others (probabilities, scores) are each another pass through the model, and are given to who names them.
 """
 
 

@@ -8,7 +8,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from libs.errors import ConfigurationError
-from libs.process import run_service
+from libs.metrics.server import MetricsServer
+from libs.process import _metrics_server, run_service
 from libs.settings import ProcessSettings, TelemetrySettings
 
 
@@ -50,3 +51,12 @@ def test_a_bug_leaves_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_service("example", Settings, build)
+
+
+def test_a_service_with_a_port_for_it_shows_its_metrics():
+    class Measured(Settings):
+        metrics_port: int = 0
+
+    (server,) = _metrics_server(Measured())
+    assert isinstance(server, MetricsServer)
+    assert _metrics_server(Settings()) == []

@@ -3,14 +3,11 @@
 import asyncio
 import logging
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 from services.gateway.http import answers
-from services.gateway.http.exchange import AsgiApp, Exchange, Header
-
-if TYPE_CHECKING:
-    from services.gateway.http.connection import Connection
+from services.gateway.http.exchange import AsgiApp, Exchange, Header, Link
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +16,25 @@ BUFFER_BYTES = 262_144
 
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding"})
 _DISCONNECT = "http.disconnect"
+
+
+class StreamLink(Link, Protocol):
+    """The connection, as far as streaming needs it."""
+
+    @property
+    def is_write_paused(self) -> bool: ...
+
+    def stays_open(self, exchange: Exchange) -> bool: ...
+
+    def say_continue(self) -> None: ...
+
+    def update_reading(self) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def end_answer(self, exchange: Exchange, stays: bool) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 class AsgiRun:
@@ -51,7 +67,7 @@ class AsgiRun:
         "has_started",
     )
 
-    def __init__(self, link: "Connection", exchange: Exchange, *, is_whole: bool, awaits_continue: bool) -> None:
+    def __init__(self, link: StreamLink, exchange: Exchange, *, is_whole: bool, awaits_continue: bool) -> None:
         self._link = link
         self._exchange = exchange
         self._pieces: list[bytes | bytearray] = [exchange.body] if exchange.body else []

@@ -19,18 +19,16 @@ There is no timer here. ``deadline`` says when something must have happened; ``C
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 from services.gateway.http import answers
 from services.gateway.http.asgi import AsgiRun
 from services.gateway.http.chunks import ChunkReader
 from services.gateway.http.exchange import AsgiApp, Exchange, Header
 from services.gateway.http.heads import MAX_REPEATED_BYTES, Head, RefusedError, check_partial, parse_head
-
-if TYPE_CHECKING:
-    from services.gateway.http.connections import Connections
+from services.gateway.settings import HttpSettings
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +47,27 @@ JOINED_BYTES = 65_536
 
 _FAILED = "a bug: the application failed at %s %r"
 _SILENT = "admit returned None and has not answered"
+
+
+class Home(Protocol):
+    """What all connections have in common; see ``Connections``."""
+
+    admit: Callable[[Exchange], int | AsgiApp | None]
+    handle: Callable[[Exchange], None]
+    limits: HttpSettings
+    loop: asyncio.AbstractEventLoop
+    now: Callable[[], float]
+    idle_deadline: float
+    is_draining: bool
+    held_bytes: int
+
+    def enter(self, connection: "Connection") -> RefusedError | None: ...
+
+    def leave(self, connection: "Connection") -> None: ...
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None: ...
+
+    def count_refusal(self, status: int) -> None: ...
 
 
 class Connection(asyncio.Protocol):
@@ -89,7 +108,7 @@ class Connection(asyncio.Protocol):
         "key",
     )
 
-    def __init__(self, home: "Connections") -> None:
+    def __init__(self, home: Home) -> None:
         self._home = home
         self._phase = HEAD
         self._buffer: bytes | bytearray = b""
@@ -165,7 +184,8 @@ class Connection(asyncio.Protocol):
         elif phase == BODY:
             self._refuse_body(RefusedError(HTTPStatus.BAD_REQUEST, "the request body ended before its announced end"))
         elif phase == ANSWER:
-            self.deadline = self._home.now() + self._home.limits.half_closed_timeout_s
+            if not self._is_write_paused:
+                self.deadline = self._usual_deadline()
             return True
         return self._is_resuming or self._is_write_paused
 
@@ -186,12 +206,17 @@ class Connection(asyncio.Protocol):
         unsent = self._transport.get_write_buffer_size()
         if unsent:
             self._expire_writing(unsent)
+        elif self._transport.is_closing():
+            self.deadline = NEVER
+            self._transport.abort()
         elif self._phase == BODY:
             self._expire_body()
         elif self._phase == HEAD and self._buffer:
             self._refuse(RefusedError(HTTPStatus.REQUEST_TIMEOUT, "the head of the request took too long to come"))
         elif self._phase == HEAD:
             self._transport.close()
+        elif self._phase == ANSWER and self._asgi is not None and self._asgi.has_started:
+            self.deadline = NEVER
         else:
             self._transport.abort()
 
@@ -211,6 +236,8 @@ class Connection(asyncio.Protocol):
                 log.error("a bug: a request was answered twice", stack_info=True)
             return
         if self._transport.is_closing():
+            self._exchange = None
+            exchange.is_gone = True
             return
         stays = self.stays_open(exchange)
         try:
@@ -261,7 +288,8 @@ class Connection(asyncio.Protocol):
         self._exchange = self._asgi = None
         if stays and self._phase == ANSWER:
             self._phase = HEAD
-            self.deadline = self._usual_deadline()
+            if not self._is_write_paused:
+                self.deadline = self._usual_deadline()
             self._resume()
         else:
             self._finish()
@@ -550,7 +578,9 @@ class Connection(asyncio.Protocol):
             self._received_bytes = 0
             return self._home.now() + limits.body_timeout_s
         if self._phase == ANSWER:
-            return self._home.now() + limits.half_closed_timeout_s if self._is_half_closed else NEVER
+            # an answer that has begun to stream shows by itself whether somebody takes it
+            is_alive = not self._is_half_closed or (self._asgi is not None and self._asgi.has_started)
+            return NEVER if is_alive else self._home.now() + limits.half_closed_timeout_s
         return self._home.now() + LINGER_S
 
     def _watch_writing(self) -> None:

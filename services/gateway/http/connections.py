@@ -4,12 +4,12 @@ import asyncio
 import ipaddress
 import logging
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
 from services.gateway.http.connection import Connection
-from services.gateway.http.exchange import Application
+from services.gateway.http.exchange import Application, AsgiApp, Exchange
 from services.gateway.http.heads import RefusedError
 from services.gateway.settings import HttpSettings
 
@@ -38,8 +38,8 @@ class Connections:
     """
 
     def __init__(self, application: Application, limits: HttpSettings, loop: asyncio.AbstractEventLoop) -> None:
-        self.admit = application.admit
-        self.handle = application.handle
+        self.admit: Callable[[Exchange], int | AsgiApp | None] = application.admit
+        self.handle: Callable[[Exchange], None] = application.handle
         self.limits = limits
         self.loop = loop
         self.now = loop.time
@@ -134,9 +134,9 @@ class Connections:
     def _tick(self) -> None:
         now = self.now()
         self.idle_deadline = now + self.limits.idle_timeout_s + self._tick_s
+        self._timer = self.loop.call_later(self._tick_s, self._tick)
         for connection in [each for each in self._all if each.deadline <= now]:
             connection.expire()
-        self._timer = self.loop.call_later(self._tick_s, self._tick)
 
 
 def client_key(client: tuple[str, int] | None) -> str | None:

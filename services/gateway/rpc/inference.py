@@ -10,7 +10,7 @@ import orjson
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError, Message
 
-from libs.errors import DeadlineExceededError, MillraceError, NotFoundError
+from libs.errors import DeadlineExceededError, MillraceError, NotFoundError, PayloadTooLargeError
 from libs.inference import v2_grpc
 from libs.inference.errors import InvalidInputError
 from libs.inference.oip_proto import open_inference_pb2 as oip
@@ -22,6 +22,8 @@ from services.gateway.predictions import Ask, Caller, Done, Handler
 from services.gateway.rpc.calls import Head, StreamCall, UnaryCall
 
 SERVICE = "inference.GRPCInferenceService"
+
+_MOST_TOLD_BYTES = 65_536
 
 MOST_ASKED = 64
 """Requests of one stream that are under way at once; further ones wait where they are, and the client with them."""
@@ -63,7 +65,7 @@ class InferenceService:
             else:
                 call.reply(bytes(result.body), result.headers)
 
-        pending = self._dataplane.submit(asked, Caller(head.request_id, head.principal.name, head.traceparent), done)
+        pending = self._dataplane.submit(asked, Caller(head.request_id, head.principal.name, head.traceparent, len(message)), done)
         if call.stream.is_open:
             call.on_gone = lambda: self._dataplane.cancel(pending)
 
@@ -156,7 +158,7 @@ class _InferStream:
         incoming = Incoming({}, head.headers, message, request_id=request_id)
         place.request = v2_grpc.read(message)
         asked = grpc_oip.ask(place.request, incoming, patience_ms(head, incoming))
-        caller = Caller(request_id, head.principal.name, head.traceparent)
+        caller = Caller(request_id, head.principal.name, head.traceparent, len(message))
         place.pending = self._dataplane.submit(asked, caller, lambda result: self._settle(place, result))
 
     def _settle(self, place: "_Place", result: Outgoing | MillraceError) -> None:
@@ -230,6 +232,8 @@ M = TypeVar("M", bound=Message)
 
 
 def _parsed(kind: type[M], message: bytes) -> M:
+    if len(message) > _MOST_TOLD_BYTES:
+        raise PayloadTooLargeError(f"a {kind.__name__} has {len(message)} bytes; at most {_MOST_TOLD_BYTES} are accepted")
     try:
         return kind.FromString(message)
     except DecodeError as error:

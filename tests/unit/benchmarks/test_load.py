@@ -138,6 +138,17 @@ async def test_an_answer_may_come_in_pieces():
     assert answered == [200]
 
 
+def test_a_chunked_answer_ends_with_its_last_chunk():
+    answered = []
+    connection = Connection()
+    connection.connection_made(_Discards())
+    connection.ask(b"", answered.append)
+    for part in (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"2\r\n{}\r\n", b"0\r\n\r\n"):
+        assert answered == []
+        connection.data_received(part)
+    assert answered == [200]
+
+
 class _Discards:
     def write(self, data):
         pass

@@ -18,6 +18,7 @@ from schemas.registry import Replica
 from services.gateway.batching import Batch, BatchLimits, Pending
 from services.gateway.changes import Changes
 from services.gateway.dataplane import DataPlane, DataPlaneLimits
+from services.gateway.errors import InternalError
 from services.gateway.exchange import Outgoing
 from services.gateway.predictions import Ask, Caller, Outcome, Protocol, Target
 
@@ -289,7 +290,7 @@ async def test_a_request_expires_in_the_queue_and_is_not_asked(bench):
     await turn()
     bench.ask((2, 0), timeout_ms=5)
     async with asyncio.timeout(5):
-        while "2" not in bench.results:
+        while "2" not in bench.results:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     bench.pool.asked[0].answer()
     await turn()
@@ -302,7 +303,7 @@ async def test_a_request_expires_inside_the_model_and_its_late_answer_is_dropped
     bench.ask((1, 0), timeout_ms=5)
     bench.ask((2, 0))
     async with asyncio.timeout(5):
-        while "1" not in bench.results:
+        while "1" not in bench.results:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     bench.pool.asked[0].answer()
     assert bench.errors() == {"1": DeadlineExceededError}
@@ -362,7 +363,7 @@ async def test_a_request_waits_only_so_long_for_a_replica(bench):
     bench.route_to()
     bench.ask((1, 0))
     async with asyncio.timeout(5):
-        while "1" not in bench.results:
+        while "1" not in bench.results:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert bench.errors() == {"1": NotReadyError}
 
@@ -406,3 +407,146 @@ async def test_a_cancelled_call_frees_its_place(bench):
     with pytest.raises(asyncio.CancelledError):
         await call
     assert bench.recorder.ends() == {"9": ["failed"]}
+
+
+async def test_a_request_that_kills_its_runner_kills_the_next_one_alone(bench):
+    bench.route_to(R0, R1)
+    for number in (1, 2, 3):
+        bench.ask((number, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    for index in range(1, 4):
+        assert len(bench.pool.asked[index].rows) == 1
+        bench.pool.asked[index].answer(RunnerGoneError("gone") if bench.pool.asked[index].rows == [2] else None)
+        bench.pool.pinged.set()
+        await turn()
+    assert bench.answers() == {"1": "[1.0]", "3": "[3.0]"}
+    assert bench.errors() == {"2": NotReadyError}
+
+
+async def test_a_batch_that_fails_after_its_deployment_went_is_asked_of_another(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.catalog.route = Route("sums", "sums.sums.2", "sums", 2, SIGNATURE, (R1,))
+    bench.catalog.deployments = {"sums.sums.2": SimpleNamespace(replicas=(R1,))}
+    bench.catalog.changes.notify()
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    await turn()
+    assert bench.pool.asked[1].replica == R1
+    bench.pool.asked[1].answer()
+    assert bench.answers() == {"1": "[1.0]"}
+    assert list(bench.plane.lanes) == ["sums.sums.2"]
+
+
+async def test_a_bad_batch_that_returns_after_its_deployment_went_is_asked_of_another(bench):
+    bench.ask((1, 0))
+    bench.ask((2, 0))
+    await turn()
+    bench.catalog.route = Route("sums", "sums.sums.2", "sums", 2, SIGNATURE, (R1,))
+    bench.catalog.deployments = {"sums.sums.2": SimpleNamespace(replicas=(R1,))}
+    bench.catalog.changes.notify()
+    await turn()
+    bench.pool.asked[0].answer(ModelError("raised"))
+    await turn()
+    bench.pool.asked[1].answer()
+    bench.pool.asked[2].answer()
+    assert bench.answers() == {"1": "[1.0]", "2": "[2.0]"}
+
+
+async def test_requests_that_come_while_all_replicas_are_lost_wait_only_so_long(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    bench.ask((3, 0))
+    async with asyncio.timeout(5):
+        while len(bench.results) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert bench.errors() == {"1": NotReadyError, "2": NotReadyError, "3": NotReadyError}
+
+
+async def test_a_request_that_lost_its_runner_waits_for_a_busy_one_until_its_deadline(bench):
+    bench.route_to(R0, R1)
+    bench.ask((1, 0))
+    await turn()
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    await asyncio.sleep(0.1)  # twice as long as it would wait for a replica
+    assert bench.results == {}
+    bench.pool.asked[1].answer()
+    bench.pool.asked[2].answer()
+    assert bench.answers() == {"1": "[1.0]", "2": "[2.0]"}
+
+
+async def test_a_caller_that_cannot_be_told_costs_its_neighbours_nothing(bench, caplog):
+    def done(_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    ask = Ask(Target("sums"), Protocol.V1, lambda _: InferRequest({"x": np.ones((1, 2))}), lambda _: Outgoing(b"ok"))
+    bench.plane.submit(ask, Caller("0"), done)
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.asked[0].answer()
+    assert bench.answers() == {"1": "[1.0]"}
+    assert bench.plane.in_flight == 0
+    assert "nobody could be told" in caplog.text
+
+
+async def test_a_batch_that_cannot_be_sent_ends_and_the_replica_goes_on(bench, caplog):
+    send = bench.pool.send
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    bench.pool.send = fail
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.send = send
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[0].answer()
+    assert (bench.errors(), bench.answers()) == ({"1": InternalError}, {"2": "[2.0]"})
+    assert "could not be sent" in caplog.text
+
+
+async def test_an_answer_that_cannot_be_handled_ends_its_requests(bench, caplog):
+    bench.ask((1, 0))
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[0].done(InferResponse({"y": None}))  # type: ignore[dict-item]
+    assert bench.errors() == {"1": InternalError, "2": InternalError}
+    assert bench.recorder.ends() == {"1": ["failed"], "2": ["failed"]}
+    assert "could not be handled" in caplog.text
+
+
+async def test_a_replica_that_is_lost_again_when_it_is_found_is_looked_for_again(bench):
+    bench.pool.pinged.set()
+    send = bench.pool.send
+
+    def lose(*arguments: Any, **named: Any) -> None:
+        send(*arguments, **named)
+        if len(bench.pool.asked) == 2:
+            bench.pool.asked[-1].answer(RunnerGoneError("gone"))
+
+    bench.pool.send = lose
+    bench.ask((1, 0))
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    async with asyncio.timeout(5):
+        while len(bench.pool.asked) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    bench.pool.asked[2].answer()
+    assert len(bench.answers()) == 1
+
+
+async def test_a_stopped_data_plane_looks_for_no_replica(bench):
+    bench.ask((1, 0))
+    await turn()
+    await bench.plane.stop()
+    bench.pool.asked[0].answer(RunnerGoneError("closed"))
+    await turn()
+    assert bench.plane._probes == {}

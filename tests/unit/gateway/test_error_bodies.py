@@ -42,6 +42,12 @@ def test_most_paths_get_a_plain_sentence(path):
     assert answered(NotFoundError("no such thing"), path) == (404, {"error": "no such thing"}, {})
 
 
+@pytest.mark.parametrize("path", ["/v1/models/m:predict", "/v1/projects/p/locations/l/endpoints/e:predict", "/invocations"])
+def test_a_message_with_half_a_character_is_told_all_the_same(path):
+    _, body, _ = answered(NotFoundError("there is no 'é\ud800'"), path)
+    assert "there is no 'é?'" in json.dumps(body, ensure_ascii=False)
+
+
 @pytest.mark.parametrize("path", GOOGLE)
 def test_vertex_paths_get_a_google_status(path):
     status, body, _ = answered(NotFoundError("no such thing"), path)

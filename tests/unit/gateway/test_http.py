@@ -429,6 +429,13 @@ class TestLostClients:
         Line(Echo(wants=admit)).send(POST[:-1]).lose()
         assert len(gone) == 1
 
+    def test_an_answer_while_the_connection_breaks_is_the_end_of_it(self):
+        line, exchange, gone = self.watched()
+        line.wire.abort()
+        echo(exchange)
+        line.settle()
+        assert (gone, exchange.is_gone, line.wire.sent) == ([], True, b"")
+
     def test_a_second_answer_is_a_bug_that_harms_nobody(self, caplog):
         line = Line(Echo(later=True)).send(GET)
         echo(line.application.handled[0])
@@ -1021,6 +1028,28 @@ class TestAsgi:
         line.send(b"abc")
         await self.reached(lambda: len(line.wire.sent) > 100)
         assert line.statuses == [100, 200]
+
+    async def test_a_half_closed_client_reads_a_stream_to_its_end(self, start):
+        go_on = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await go_on.wait()
+            await send({"type": "http.response.body", "body": b"all of it"})
+
+        line = start(app).send(GET)
+        await self.reached(lambda: line.wire.sent)
+        line.end()
+        line.protocol.expire()
+        go_on.set()
+        await self.reached(lambda: line.wire.is_closed)
+        assert (line.answers[0].body, line.wire.is_aborted) == (b"all of it", False)
+
+    async def test_a_slow_application_does_not_make_the_client_slow(self, start):
+        line = start(lambda *_: asyncio.Event().wait()).send(post(b"expect: 100-continue", b"content-length: 3"))
+        line.protocol.expire()
+        assert not line.is_over
+        await self.ended(line)
 
     async def test_a_slow_body_is_refused_and_ends_for_the_application(self, start):
         heard = []

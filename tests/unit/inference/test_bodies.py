@@ -73,3 +73,7 @@ def test_a_duplicate_cannot_hide_behind_nesting_that_is_too_deep() -> None:
 
 def test_millions_of_empty_lists_are_refused_before_they_are_parsed() -> None:
     assert refusal(b'{"a": [' + b"[]," * 2_000_000 + b"[]]}") == "the request body has more than 2000000 lists and objects"
+
+
+def test_millions_of_values_are_refused_before_they_are_parsed() -> None:
+    assert refusal(b'{"a": [' + b"1," * 8_000_001 + b"1]}").startswith("the request body has more than 8000000 values")

@@ -18,6 +18,7 @@ from libs.messaging.processing import Processor, Seen
 from libs.messaging.publishing import publish
 from libs.messaging.records import MAX_RECORD_BYTES, Record
 from libs.messaging.retry import Retry
+from libs.metrics import Metrics
 from schemas.registry import CreateEndpoint, EndpointCreated, VersionRegistered
 from schemas.topics import COMMANDS, DLQ, EVENTS
 from tests.unit.messaging.events import NOW, TRACEPARENT, binary, create_endpoint, write
@@ -196,3 +197,20 @@ def test_seen_remembers_the_newest():
     assert first not in seen
     assert second in seen
     assert third in seen
+
+
+async def test_events_and_dead_letters_are_counted():
+    async def handler(event):
+        if event.id == "bad":
+            raise InvalidMessage("no")
+        return []
+
+    metrics = Metrics()
+    counting = processor(handler, metrics=metrics)
+    for event_id in ("good", "bad", "better"):
+        await counting.process(write(create_endpoint(event_id=event_id)))
+    counted = {(sample.metric.name, *sample.labels): sample.value for sample in metrics.samples()}
+    assert counted["millrace_events_handled_total", "registry", CreateEndpoint.event_type, "ok"] == 2
+    assert counted["millrace_events_handled_total", "registry", CreateEndpoint.event_type, "dead_lettered"] == 1
+    assert counted["millrace_dead_letters_total", "registry", COMMANDS.name] == 1
+    assert counted["millrace_event_seconds", "registry", CreateEndpoint.event_type] > 0

@@ -1,5 +1,7 @@
 """Header compression, against the examples of its RFC and against another encoder."""
 
+import contextlib
+
 import hpack
 import pytest
 from hypothesis import given
@@ -35,10 +37,8 @@ def test_what_is_written_here_another_decoder_reads(fields):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_decoded_or_refused(block):
     decoder = HeaderDecoder()
-    try:
+    with contextlib.suppress(CompressionError):
         assert all(len(field) == 2 for field in decoder.decode(block))
-    except CompressionError:
-        pass
 
 
 @pytest.mark.parametrize("block", ["80", "ff00", "c0", "40", "400161", "40016105", "7fffffffffffffff7f", "3fe21f", "8220"])

@@ -1,0 +1,35 @@
+"""What serving counts."""
+
+from libs.messaging import cloudevents
+from libs.metrics import Metrics
+from schemas.registry import Replica
+from services.serving.metrics import DeploymentMetrics
+from services.serving.state import State
+from tests.unit.serving.conftest import NOW, deployment
+
+
+def put(state: State, **changes) -> None:
+    state.apply(cloudevents.write(cloudevents.new_event(deployment(**changes), "/millrace/registry", now=NOW)))
+
+
+def replicas(*names: str) -> tuple[Replica, ...]:
+    return tuple(Replica(replica_id=name, address=f"unix:/{name}") for name in names)
+
+
+def test_deployments_replicas_and_restarts_are_counted():
+    metrics = Metrics()
+    measures = DeploymentMetrics(metrics)
+    state = State(measures.changed)
+    measures.watch(state.deployments)
+
+    def value(name):
+        return sum(sample.value for sample in metrics.samples() if sample.metric.name == name)
+
+    put(state, status="pending", replicas=())
+    put(state, status="ready", replicas=replicas("a", "b"))
+    assert (value("millrace_deployments"), value("millrace_replicas"), value("millrace_runner_restarts_total")) == (1, 2, 0)
+    put(state, status="degraded", replicas=replicas("a"))
+    put(state, status="ready", replicas=replicas("a", "c"))
+    assert value("millrace_runner_restarts_total") == 1
+    put(state, generation=2, status="ready", replicas=replicas("a", "c", "d"))
+    assert value("millrace_runner_restarts_total") == 1
