@@ -114,8 +114,8 @@ def _measure(process: psutil.Process, port: int, script: str, connections: int, 
     busy_s = after.user + after.system - before.user - before.system
     return (
         float(_found(r"Requests/sec:\s+([\d.]+)", text)),
-        _found(r"50%\s+(\S+)", text),
-        _found(r"99%\s+(\S+)", text),
+        _found(r"\n +50% +(\S+)", text),
+        _found(r"\n +99% +(\S+)", text),
         busy_s / requests * 1e6,
     )
 

@@ -311,6 +311,7 @@ def measure(options: Options) -> Results:
             "Load": f"{generator.title}, ghz {ghz.VERSION} for gRPC, on the same machine",
             "Each point": f"{options.seconds:g} s after {_WARM_UP_S:g} s of warm-up, medians of {options.rounds} rounds",
             "Traces": f"1 % to {what}",
+            "Other work": f"load average {os.getloadavg()[0]:.1f} before the run",
         }
         for section in options.sections:
             try:

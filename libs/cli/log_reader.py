@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as KafkaRecord
 
 from libs.cli.errors import CommandError, UsageError
+from libs.cli.settings import CliSettings
 from libs.messaging.records import Record
 from schemas.topics import PREDICTIONS
 
@@ -62,14 +63,20 @@ def moment(text: str, now: datetime) -> datetime:
 class LogReader:
     """A consumer of ``millrace.predictions`` that is in no group's way and commits nothing.
 
+    Parameters
+    ----------
+    is_embedded
+        The broker is the embedded one, which cannot look times up: it keeps little, so all of it is read.
+
     Raises
     ------
     CommandError
         When the broker cannot be reached, or has no such topic.
     """
 
-    def __init__(self, bootstrap_servers: str) -> None:
+    def __init__(self, bootstrap_servers: str, *, is_embedded: bool = False) -> None:
         self._servers = bootstrap_servers
+        self._is_embedded = is_embedded
         self._consumer = Consumer(
             {
                 "bootstrap.servers": bootstrap_servers,
@@ -90,14 +97,15 @@ class LogReader:
     def until_now(self, since: datetime | None) -> Iterator[Record]:
         """Everything written from ``since`` (None: the beginning) to the moment of the call, in order within each partition."""
         ends = {place.partition: self._watermarks(place)[1] for place in self._partitions()}
-        begins = self._begins(since, ends)
+        since_ms = -1 if since is None else max(0, int(since.timestamp() * 1000))
+        begins = self._begins(since_ms, ends)
         left = {number: ends[number] for number, begin in begins.items() if begin < ends[number]}
         self._consumer.assign([TopicPartition(PREDICTIONS.name, number, begins[number]) for number in left])
         deadline = time.monotonic() + SILENCE_S
         while left:
             for record in self._consumed():
                 deadline = time.monotonic() + SILENCE_S
-                if record.offset < ends[record.partition]:
+                if record.offset < ends[record.partition] and record.timestamp_ms >= since_ms:
                     yield record
             left = {number: end for number, end in left.items() if self._position(number) < end}
             if time.monotonic() > deadline:
@@ -141,30 +149,27 @@ class LogReader:
                     raise CommandError(f"{PREDICTIONS.name} cannot be read from {self._servers}: {error.args[0].str()}") from error
             time.sleep(_POLL_S)
 
-    def _begins(self, since: datetime | None, ends: dict[int, int]) -> dict[int, int]:
-        lows = {number: self._watermarks(TopicPartition(PREDICTIONS.name, number))[0] for number in ends}
-        if since is None:
-            return lows
-        at_ms = max(0, int(since.timestamp() * 1000))
-        try:
-            found = self._consumer.offsets_for_times(
-                [TopicPartition(PREDICTIONS.name, number, at_ms) for number in ends], METADATA_TIMEOUT_S
-            )
-        except KafkaException:
-            # The embedded broker cannot look times up; it keeps little, so all of it is read.
-            return lows
-        return {
-            place.partition: lows[place.partition]
-            if place.offset == OFFSET_BEGINNING
-            else place.offset
-            if place.offset >= 0
-            else ends[place.partition]
-            for place in found
-        }
+    def _begins(self, since_ms: int, ends: dict[int, int]) -> dict[int, int]:
+        """Where each partition is read from; ``since_ms`` -1: from its beginning."""
+        if since_ms < 0 or self._is_embedded:
+            return {number: self._watermarks(TopicPartition(PREDICTIONS.name, number))[0] for number in ends}
+        wanted = [TopicPartition(PREDICTIONS.name, number, since_ms) for number in ends]
+        found = self._patiently(lambda: self._consumer.offsets_for_times(wanted, METADATA_TIMEOUT_S))
+        return {place.partition: place.offset if place.offset >= 0 else ends[place.partition] for place in found}
 
     def _position(self, partition: int) -> int:
         (place,) = self._consumer.position([TopicPartition(PREDICTIONS.name, partition)])
         return int(place.offset)
+
+
+OpenLog = Callable[[], LogReader]
+
+
+def log_of(settings: CliSettings, bootstrap_servers: str | None) -> OpenLog:
+    """Opens the log of the brokers that were named, or else of the platform."""
+    if bootstrap_servers:
+        return lambda: LogReader(bootstrap_servers)
+    return lambda: LogReader(settings.bootstrap_servers, is_embedded=settings.is_embedded)
 
 
 def _record(message: KafkaRecord) -> Record:

@@ -32,12 +32,12 @@ def tail(
     bootstrap_servers: Annotated[str | None, typer.Option("--bootstrap-servers", help="Kafka; else the platform's.")] = None,
 ) -> None:
     """Print the requests to an endpoint as they end."""
-    from libs.cli.log_reader import LogReader, moment
+    from libs.cli.log_reader import log_of, moment
 
     began = None if since is None else moment(since, datetime.now(UTC))
     with open_session("predictions tail") as session:
-        servers = bootstrap_servers or session.settings.bootstrap_servers
-    with LogReader(servers) as reader:
+        log = log_of(session.settings, bootstrap_servers)
+    with log() as reader:
         if began is not None or not follow:
             _print(endpoint, reader.until_now(began), as_json)
         if follow:

@@ -14,6 +14,7 @@ from libs.cli.session import open_session
 
 if TYPE_CHECKING:
     from libs.cli.client import Client
+    from libs.cli.log_reader import OpenLog
     from libs.predictions.audit import Audit, InstanceReport
 
 app = typer.Typer(help="See what became of requests.", rich_markup_mode=None, no_args_is_help=True)
@@ -56,11 +57,11 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prove that every accepted request has exactly one recorded end; exit 1 when something does not add up."""
-    from libs.cli.log_reader import moment
+    from libs.cli.log_reader import log_of, moment
 
     began = None if since is None else moment(since, datetime.now(UTC))
     with open_session("requests audit") as session:
-        verdict = examine(session.client, bootstrap_servers or session.settings.bootstrap_servers, began)
+        verdict = examine(session.client, log_of(session.settings, bootstrap_servers), began)
     if as_json:
         output.show_json(_document(verdict))
     else:
@@ -71,24 +72,23 @@ def audit(
         raise CommandError(f"the account of requests does not add up: {wrong[0]}{more}")
 
 
-def examine(client: "Client", bootstrap_servers: str, since: datetime | None) -> Verdict:
+def examine(client: "Client", log: "OpenLog", since: datetime | None) -> Verdict:
     """Read the log and hold it against the gateway's metrics; again, while a living gateway has not said all that it counted."""
-    verdict = _examine_once(client, bootstrap_servers, since, 0.0)
+    verdict = _examine_once(client, log, since, 0.0)
     for _ in range(_ATTEMPTS - 1):
         if verdict.is_sound:
             break
-        verdict = _examine_once(client, bootstrap_servers, since, _PAUSE_S)
+        verdict = _examine_once(client, log, since, _PAUSE_S)
     return verdict
 
 
-def _examine_once(client: "Client", bootstrap_servers: str, since: datetime | None, pause_s: float) -> Verdict:
-    from libs.cli.log_reader import LogReader
+def _examine_once(client: "Client", log: "OpenLog", since: datetime | None, pause_s: float) -> Verdict:
     from libs.predictions.audit import Audit
 
     taken = Audit()
     before = counted(client)
     time.sleep(pause_s)
-    with LogReader(bootstrap_servers) as reader:
+    with log() as reader:
         for record in reader.until_now(since):
             taken.add(record)
     time.sleep(pause_s if before and len(before.instances) > 1 else 0.0)

@@ -40,6 +40,11 @@ class CliSettings(BaseSettings):
         return self.kafka_bootstrap_servers or str(self._platform().get("bootstrap_servers") or DEFAULT_BROKER)
 
     @property
+    def is_embedded(self) -> bool:
+        """Whether the brokers are the embedded one."""
+        return not self.kafka_bootstrap_servers and self._platform().get("broker") == "embedded"
+
+    @property
     def collector(self) -> str:
         """OTLP endpoint that the platform in ``home`` sends its traces to; empty when it sends them nowhere."""
         said = str(self._platform().get("jaeger") or "")

@@ -7,7 +7,7 @@ from typing import Any
 from libs.runner.wire import Arrays
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InferRequest:
     """A request that fits a signature.
 
@@ -46,7 +46,7 @@ class Span:
     end_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InferResponse:
     """A model's answer: named arrays in the order asked for.
 

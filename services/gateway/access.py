@@ -185,6 +185,7 @@ def _refuse_foreign_pages(headers: Mapping[bytes, bytes]) -> None:
         raise ForbiddenError("without API keys the gateway does not answer web pages of other sites")
 
 
+@lru_cache(maxsize=256)
 def _host_of(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""

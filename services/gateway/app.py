@@ -97,6 +97,7 @@ def build(
         dataplane,
         asynchronous,
         tracing(settings.telemetry),
+        refused=recorder.refused,
         predict_max_bytes=settings.predict_max_bytes,
         management_max_bytes=settings.management_max_bytes,
     )

@@ -16,7 +16,7 @@ TOLD = "millrace.error"
 """Key of an ASGI scope under which an application leaves the error that it answered, for the log and the trace."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Incoming:
     """A request: the parameters of its path, its headers (lower-case names), its body,
     the query as it stands in the request line, the id that the answer carries, and who asks."""
@@ -34,7 +34,7 @@ class Incoming:
         return None if value is None else value.decode("latin-1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outgoing:
     """An answer; the headers are those beside length and type."""
 

@@ -28,10 +28,16 @@ from services.gateway.errors import InternalError
 from services.gateway.exchange import TOLD, Incoming, Outgoing, read_body
 from services.gateway.http import AsgiApp, Exchange
 from services.gateway.predictions import Caller, Handler, Read
+from services.gateway.refusals import Refused, nobody, refuse
 from services.gateway.routes import Door, Found, HttpRoute
 from services.gateway.tracing import Tracing, traceparent_of
 
 log = logging.getLogger(__name__)
+
+_MOST_KNOWN_PATHS = 4096
+_LONGEST_KNOWN_PATH = 512
+_MOST_UNWANTED_BYTES = 65_536
+"""A body that a route has no use for is taken up to this size, and not looked at."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -68,6 +74,8 @@ class Front:
         Predict doors, by method and route template.
     handlers
         Handlers of the other plain routes.
+    refused
+        Is told of predict requests that never reach the data plane.
     api
         The management API.
     """
@@ -82,6 +90,7 @@ class Front:
         asynchronous: AsyncPredictions,
         spans: Tracing,
         *,
+        refused: Refused = nobody,
         predict_max_bytes: int,
         management_max_bytes: int,
     ) -> None:
@@ -92,8 +101,10 @@ class Front:
         self._dataplane = dataplane
         self._asynchronous = asynchronous
         self._spans = spans
+        self._refused = refused
         self._predict_max_bytes = predict_max_bytes
         self._management_max_bytes = management_max_bytes
+        self._known: dict[tuple[str, bytes], Found] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def admit(self, exchange: Exchange) -> int | AsgiApp | None:
@@ -107,11 +118,13 @@ class Front:
         span = self._spans.start(exchange, route, request_id)
         visit = exchange.context = Visit(admission, request_id, time.perf_counter(), span)
         if admission.error is not None:
-            self._fail(exchange, admission.error)
+            self._turn_away(exchange, admission.error)
             return None
         if route is None or route.door is Door.PLAIN:
             exchange.on_refused = partial(self._refuse, exchange)
-            return self._predict_max_bytes if exchange.method == "POST" else 0
+            if span is not None:
+                exchange.on_gone = partial(self._end, exchange, 0, None)
+            return self._predict_max_bytes if exchange.method == "POST" else _MOST_UNWANTED_BYTES
         return partial(self._run_api, exchange, visit)
 
     def handle(self, exchange: Exchange) -> None:
@@ -126,7 +139,11 @@ class Front:
             return
         assert admission.read is not None  # noqa: S101 - a plain route is one or the other
         try:
-            ask = admission.read(incoming)
+            try:
+                ask = admission.read(incoming)
+            except MillraceError as error:
+                self._turn_away(exchange, error)
+                return
             if admission.prefers_async:
                 self._later(self._run_handler(exchange, visit, partial(self._asynchronous.accept, ask, exchange.raw_path), incoming))
                 return
@@ -144,7 +161,7 @@ class Front:
                 _describe(span, pending.route)
 
     def _admission(self, exchange: Exchange) -> Admission:
-        found = routes.find(exchange.method, exchange.raw_path.decode("latin-1"))
+        found = self._find(exchange.method, exchange.raw_path)
         given = exchange.headers.get(b"x-request-id")
         request_id = given.decode("latin-1") if given is not None and _REQUEST_ID.fullmatch(given) else None
         principal, error = _NOBODY, found.error
@@ -156,9 +173,28 @@ class Front:
         prefers = prefers_async(exchange.headers)
         return Admission(found, principal, error, self._reads.get(key), self._handlers.get(key), request_id, prefers)
 
+    def _find(self, method: str, raw_path: bytes) -> Found:
+        """Look a request line up; what leads somewhere is remembered, since heads differ in little but their lengths and ids."""
+        found = self._known.get((method, raw_path))
+        if found is None:
+            found = routes.find(method, raw_path.decode("latin-1"))
+            if found.route is not None and found.error is None and len(raw_path) <= _LONGEST_KNOWN_PATH:
+                if len(self._known) >= _MOST_KNOWN_PATHS:
+                    self._known.clear()
+                self._known[method, raw_path] = found
+        return found
+
     def _refuse(self, exchange: Exchange, status: int, sentence: str) -> None:
         """Answer for the server, whose reasons lie in the body, in the form that the path's clients know."""
-        self._fail(exchange, _BodyError(status, sentence))
+        self._turn_away(exchange, _BodyError(status, sentence))
+
+    def _turn_away(self, exchange: Exchange, error: MillraceError) -> None:
+        """Answer a request that never reaches the data plane."""
+        visit: Visit = exchange.context
+        found = visit.admission.found
+        if visit.admission.read is not None and found.route is not None:
+            refuse(self._refused, found.route.template, found.parameters, error)
+        self._fail(exchange, error)
 
     def _answer(self, exchange: Exchange, result: Outgoing | MillraceError) -> None:
         """Send what the data plane says."""

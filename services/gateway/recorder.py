@@ -126,8 +126,10 @@ class Recorder:
         self._producer = broker.producer()
         self._writer = LogWriter(self._producer, self._written, self._write_failed)
         self._recovery = Recovery(directory, self._send_surely, metrics, clock)
+        self._works: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._ledger: Ledger
+        self._is_recording = False
         self._sequence = 0
         self._doors: dict[Protocol, dict[str, _Door]] = {protocol: {} for protocol in Protocol}
         self._logs: dict[str, _Log] = {}
@@ -230,33 +232,42 @@ class Recorder:
 
     async def start(self) -> None:
         self._ticked_at_s = self._stated_at_s = time.monotonic()
-        self._ledger = Ledger(self._directory, self.instance, time.monotonic())
         await self._producer.start()
+        self._ledger = Ledger(self._directory, self.instance, time.monotonic())
+        self._is_recording = True
         self._state(InstanceState.LIVE)
 
     async def run(self) -> None:
-        works = [asyncio.create_task(work) for work in (self._writer.run(), self._tick_for_ever(), self._settle_for_ever())]
+        self._works = [asyncio.create_task(work) for work in (self._writer.run(), self._tick_for_ever(), self._settle_for_ever())]
         try:
-            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(self._works, return_when=asyncio.FIRST_COMPLETED)
             for work in done:
-                work.result()
+                if not work.cancelled():
+                    work.result()
         finally:
-            for work in works:
-                work.cancel()
-            await asyncio.gather(*works, return_exceptions=True)
+            await self._end_works()
 
     async def stop(self) -> None:
         """Write what is left; what the broker does not take in time is left to the next gateway."""
         self._stopping.set()
-        if not hasattr(self, "_ledger"):
-            return
+        if self._is_recording:
+            self._is_recording = False
+            await self._close()
+        await self._producer.stop()
+
+    async def _close(self) -> None:
         self.flush()
         settled = await self._writer.drain() and self._ledger.is_settled
         if settled:
             self._state(InstanceState.STOPPED)
             settled = await self._writer.drain()
+        await self._end_works()
         self._ledger.close(remove=settled)
-        await self._producer.stop()
+
+    async def _end_works(self) -> None:
+        for work in self._works:
+            work.cancel()
+        await asyncio.gather(*self._works, return_exceptions=True)
 
     def flush(self) -> None:
         """Cut everything that has ended into records."""

@@ -335,7 +335,7 @@ class KafkaStreamLog:
         """Raise when the client has said that it cannot go on."""
         if self._fatal is None:
             return
-        if self._fatal.code() == KafkaError.FENCED_INSTANCE_ID:
+        if _is_superseded(self._fatal):
             raise SupersededError(
                 f"another process with KAFKA_GROUP_INSTANCE={self._settings.group_instance} has taken over {self._topic}; "
                 "each process of a group needs a name of its own"
@@ -392,6 +392,11 @@ class _translated:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, KafkaException):
             raise _lost(self._doing, error.args[0]) from error
+
+
+def _is_superseded(error: KafkaError) -> bool:
+    """Whether another member has taken this one's name; what the consumer hands out says so in words only."""
+    return error.code() == KafkaError.FENCED_INSTANCE_ID or (error.code() == KafkaError._FATAL and "group.instance.id" in error.str())
 
 
 def _lost(doing: str, error: KafkaError) -> SessionLostError:

@@ -31,8 +31,8 @@ class Settings(BaseSettings):
     timeout_s: float = Field(
         25.0,
         gt=0,
-        description="An inference record that a model does not answer in this time is given up, in seconds; below SERVING_PREDICT_TIMEOUT_S, "
-        "after which its runner ends.",
+        description="An inference record that a model does not answer in this time is given up, in seconds; less than "
+        "SERVING_PREDICT_TIMEOUT_S, after which the runner ends itself.",
     )
     claim_bytes: int = Field(
         64 * 2**20, ge=2**20, description="Largest request or result that is fetched from or put into the artifact store, in bytes."

@@ -20,7 +20,10 @@ TEXT = (b"content-type", b"text/plain")
 
 
 class Application:
-    """Echoes; ``/slow`` takes the seconds of its query and counts, ``/stream`` reads and writes as a stream, ``/large`` answers so many bytes."""
+    """Echoes.
+
+    ``/slow`` takes the seconds of its query and counts, ``/stream`` reads as a stream, ``/large`` answers so many bytes.
+    """
 
     def __init__(self) -> None:
         self.begun = 0

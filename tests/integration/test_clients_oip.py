@@ -1,4 +1,4 @@
-"""Triton's and KServe's client libraries, unmodified, against a real gateway with real runners behind it."""
+"""The clients of Triton, KServe and MLServer, unmodified, against a real gateway with real runners behind it."""
 
 import asyncio
 import json
@@ -19,6 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from benchmarks.peers.environments import Environment, built
+from benchmarks.peers.kserve import KServe
+from benchmarks.peers.mlserver import MLServer
 from libs.inference.supervisor import RunnerProcess
 from libs.inference.tokens import runner_token
 from schemas.registry import Replica
@@ -30,7 +32,8 @@ from tests.unit.runners import KEY
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 TRITONCLIENT = Environment("tritonclient", ("tritonclient[http,grpc]==2.73.0",))
-KSERVE = Environment("kserve", ("kserve==0.21.0", "scikit-learn==1.9.1", "joblib==1.5.3"))
+KSERVE = KServe.environment
+MLSERVER = MLServer.environment
 
 ROWS = load_iris(return_X_y=True)[0][::3]
 TEXTS = ["cheap pills, buy now", "the meeting is on monday", "buy cheap", "monday it is"]
@@ -56,7 +59,8 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
                 home.mkdir()
                 joblib.dump(model, home / "model.joblib")
                 token = runner_token(KEY, name)
-                runner = await RunnerProcess.start(spec(home / "model.joblib", home, runner_id=name, token=token, address=f"unix:{home}/s"))
+                place = {"runner_id": name, "token": token, "address": f"unix:{home}/s", "start_timeout_s": 120.0}
+                runner = await RunnerProcess.start(spec(home / "model.joblib", home, **place))
                 stack.push_async_callback(runner.stop)
                 monkeypatch.setattr(conftest, "SIGNATURE", runner.signature)
                 await deploy(made, name, Replica(replica_id=name, address=runner.address))
@@ -82,7 +86,7 @@ async def run(environment: Environment, world: World, script: str) -> dict[str, 
         env=variables, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             told, errors = await process.communicate()
     finally:
         if process.returncode is None:
@@ -306,3 +310,24 @@ async def test_kserve_s_client_predicts_over_v2(world: World) -> None:
     assert out["text"] == out["binary_text"] == ["spam", "ham"]
     assert (out["unknown"][0], out["bad"][0]) == (404, 400)
     assert "expects shape [-1, 4], got [50, 2]" in out["bad"][1]
+
+
+async def test_mlserver_s_command_line_predicts_a_file(world: World, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP64", "data": row}]} for row in ROWS[:10].tolist()]
+    requests.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    python = await asyncio.to_thread(built, MLSERVER)
+    process = await asyncio.create_subprocess_exec(
+        python.with_name("mlserver"), "infer", "-u", world.http.base_url.netloc.decode(), "-m", "iris", "-w", "2",
+        "-i", requests, "-o", answers, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(300):
+            _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, errors.decode()[-4000:]
+    told = sorted((json.loads(line) for line in answers.read_text().splitlines()), key=lambda answer: answer["parameters"]["batch_index"])
+    assert [answer["outputs"][0]["data"] for answer in told] == [[label] for label in iris().predict(ROWS[:10]).tolist()]

@@ -30,6 +30,8 @@ MAY_DUMP = {
     ROOT / "libs" / "cli" / "demo.py": {"joblib"},
     ROOT / "benchmarks" / "platform.py": {"joblib"},
     ROOT / "benchmarks" / "peers" / "models.py": {"joblib"},
+    ROOT / "benchmarks" / "runner_hop.py": {"pickle"},
+    ROOT / "benchmarks" / "streaming.py": {"joblib"},
     ROOT / "examples" / "train_cancer.py": {"joblib"},
     ROOT / "examples" / "kafka_client.py": {"joblib"},
 }

@@ -13,10 +13,14 @@ MAX_TIMEOUT_MS = 3_600_000
 def target_of(incoming: Incoming) -> Target:
     """The endpoint that V1 and V2 call a model, with a version number or an alias if the path has one."""
     parameters = incoming.parameters
-    version = parameters.get("version")
+    return _target(parameters["model"], parameters.get("version"), parameters.get("alias"))
+
+
+@lru_cache(maxsize=4096)
+def _target(endpoint_name: str, version: str | None, alias: str | None) -> Target:
     if version is None:
-        return Target(parameters["model"], alias=parameters.get("alias"))
-    return Target(parameters["model"], int(version)) if version.isdigit() else Target(parameters["model"], alias=version)
+        return Target(endpoint_name, alias=alias)
+    return Target(endpoint_name, int(version)) if version.isdigit() else Target(endpoint_name, alias=version)
 
 
 def content_of(incoming: Incoming, max_bytes: int) -> bytes | bytearray:

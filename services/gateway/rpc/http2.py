@@ -37,6 +37,11 @@ _DEFAULT_FRAME_BYTES = 16_384
 _MAX_FRAME_BYTES = 2**24 - 1
 
 
+_PONG_S = 0.005
+"""An answer to a PING waits so long for something to travel with: grpc-go sends one with nearly every call, to measure the path, and an
+answer of its own would double the system calls."""
+
+
 class ErrorCode(IntEnum):
     """Why a stream or a connection is ended (RFC 9113 §7)."""
 
@@ -320,6 +325,8 @@ class Connection(asyncio.Protocol):
         self._is_leaving = False
         self._is_refused = False
         self._is_closed = False
+        self._pongs = b""
+        self._pong_timer: asyncio.TimerHandle | None = None
         self.send_window = _DEFAULT_WINDOW
         self.is_blocked = False
         self.peer = ""
@@ -351,7 +358,14 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Write bytes; nothing happens once the connection is closed."""
         if self._transport is not None and not self._is_closed:
+            if self._pongs:
+                data, self._pongs = self._pongs + data, b""
             self._transport.write(data)
+
+    def _write_pongs(self) -> None:
+        self._pong_timer = None
+        if self._pongs:
+            self.write(b"")
 
     def close_stream(self, stream: Stream) -> None:
         """A stream was ended from here; a peer that still sends on it is asked to stop, and what is under way is passed over."""
@@ -379,6 +393,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._is_closed = True
+        if self._pong_timer is not None:
+            self._pong_timer.cancel()
         self._give_up_all()
         if self._on_lost is not None:
             self._on_lost(self)
@@ -717,7 +733,9 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "PING has 8 bytes")
         if not flags & _ACK:
             self._strike()
-            self.write(_head(8, _PING, _ACK, 0) + payload)
+            self._pongs += _head(8, _PING, _ACK, 0) + payload
+            if self._pong_timer is None:
+                self._pong_timer = self._loop.call_later(_PONG_S, self._write_pongs)
 
     def _on_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
         if stream_id != 0:

@@ -26,7 +26,7 @@ class Log:
         self.written = written
         self.asked: list[Any] = []
 
-    def __call__(self, bootstrap_servers: str) -> "Log":
+    def __call__(self, bootstrap_servers: str, *, is_embedded: bool = False) -> "Log":
         self.asked.append(bootstrap_servers)
         return self
 

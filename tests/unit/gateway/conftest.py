@@ -105,7 +105,7 @@ class World:
 
     async def until(self, path: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Look until the state is as wanted."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 answer = await self.http.get(path)
                 if answer.status_code == 200 and condition(answer.json()):

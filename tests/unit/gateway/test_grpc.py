@@ -183,7 +183,7 @@ async def test_every_answer_names_the_version_and_the_request(door: Door):
     assert (answer.model_name, answer.model_version, answer.id) == ("e", "3", "mine")
     metadata = dict(await call.initial_metadata())
     assert (metadata["x-request-id"], metadata["x-millrace-model-version"]) == ("r-1", "m@3")
-    assert door.plane.asked[0].caller == Caller("r-1", "local")
+    assert door.plane.asked[0].caller == Caller("r-1", "local", body_bytes=len(request(id="mine").SerializeToString()))
 
 
 async def test_a_request_without_an_id_gets_one(door: Door):

@@ -136,3 +136,22 @@ async def test_workers_add_each_others_numbers_up(tmp_path):
         await shared[1].stop()
         assert list(shared[0].others()) == []
         await shared[0].stop()
+
+
+async def test_requests_that_never_reach_the_data_plane_are_counted(tmp_path, make):
+    key = {"authorization": "Bearer 0123456789abcdef"}
+    async with make(tmp_path, api_keys="ops:0123456789abcdef", predict_max_bytes=2_000) as world:
+        body = {"instances": [[1.0, 2.0]]}
+        assert (await world.http.post("/v1/models/cancer:predict", json=body)).status_code == 401
+        assert (await world.http.post("/v2/models/cancer/infer", content=b" " * 3_000, headers=key)).status_code == 413
+        bad = {**key, "x-request-timeout-ms": "soon"}
+        assert (await world.http.post("/endpoints/cancer/invocations", json=body, headers=bad)).status_code == 400
+        assert (await world.http.post("/v1/models/cancer:predict", json=body, headers=key)).status_code == 404
+        refused = values((await metrics(world, **key)).text, "millrace_requests_refused_total")
+        assert {(dict(labels)["protocol"], dict(labels)["reason"]) for labels in refused} == {
+            ("v1", "unauthenticated"),
+            ("v2", "too_large"),
+            ("invocations", "invalid"),
+            ("v1", "not_found"),
+        }
+        assert {dict(labels)["endpoint"] for labels in refused} == {""}

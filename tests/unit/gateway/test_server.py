@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 from libs.errors import ConfigurationError
-from services.gateway import handlers
+from services.gateway import handlers, memory, server
 from services.gateway.health import Health
-from services.gateway.server import HttpServer
+from services.gateway.memory import keep_freed_memory
+from services.gateway.server import HttpServer, allow_open_files
 from services.gateway.settings import HttpSettings
 from tests.unit.gateway.conftest import make_world, running
-
 
 NOTHING = SimpleNamespace(admit=None, handle=None)
 
@@ -159,10 +159,10 @@ async def test_a_taken_port_is_one_clear_sentence():
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        server = HttpServer(NOTHING, Health(), "127.0.0.1", port, HttpSettings(), 1.0)
+        taken = HttpServer(NOTHING, Health(), "127.0.0.1", port, HttpSettings(), 1.0)
         with pytest.raises(ConfigurationError, match=rf"cannot listen on 127.0.0.1:{port}: Address already in use; set GATEWAY_HTTP_PORT"):
-            await server.start()
-        await server.stop()
+            await taken.start()
+        await taken.stop()
     with pytest.raises(ConfigurationError, match="cannot be used"):
         await HttpServer(NOTHING, Health(), "no such host", 0, HttpSettings(), 1.0).start()
 
@@ -199,3 +199,22 @@ async def test_several_servers_can_share_a_port():
     assert first.port == second.port
     await second.stop()
     await first.stop()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "allowed", "warned"),
+    [(1024, 4096, 2000, False), (1024, 1500, 1500, True), (1024, -1, 2000, False), (-1, -1, None, False)],
+)
+def test_as_many_files_may_be_open_as_connections_need(monkeypatch, caplog, soft, hard, allowed, warned):
+    limits = []
+    monkeypatch.setattr(server.resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(server.resource, "setrlimit", lambda _, pair: limits.append(pair))
+    allow_open_files(2000)
+    assert limits == ([] if allowed is None else [(allowed, hard)])
+    assert ("below 988" in caplog.text) == warned
+
+
+def test_a_c_library_without_the_switch_stays_as_it_is(monkeypatch):
+    keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    keep_freed_memory()

@@ -1,6 +1,7 @@
 """The HTTP/2 connection alone, frame by frame."""
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import hpack
@@ -15,12 +16,32 @@ REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/s/m"), (":autho
 
 
 class Clock:
-    """Stands for an event loop, of which a connection uses the clock only."""
+    """Stands for an event loop: a clock, and what was to be called later."""
 
-    now = 100.0
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.later: list[Later] = []
 
     def time(self) -> float:
         return self.now
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> "Later":
+        self.later.append(Later(call))
+        return self.later[-1]
+
+    def run(self) -> None:
+        """Call all that was to be called later."""
+        later, self.later = self.later, []
+        for each in later:
+            each.call()
+
+
+@dataclass
+class Later:
+    call: Callable[[], None]
+
+    def cancel(self) -> None:
+        self.call = lambda: None
 
 
 class Wire:
@@ -397,7 +418,20 @@ def test_what_breaks_the_protocol_of_one_stream_costs_that_stream(peer: Peer, se
 def test_unknown_frames_are_passed_over_and_pings_answered(peer: Peer):
     peer.send(0xFA, b"whatever", 0xFF, 5)
     peer.send(PING, b"12345678")
+    peer.clock.run()
     assert peer.wire.frames() == [(PING, 1, 0, b"12345678")]
+
+
+def test_the_answer_to_a_ping_travels_with_the_next_answer(peer: Peer):
+    heard = peer.open(1, 5)
+    peer.send(PING, b"12345678")
+    peer.send(PING, b"abcdefgh")
+    assert peer.wire.frames() == []
+    assert heard is not None
+    heard.stream.respond(b"\x88", b"body", b"\x88")
+    assert [kind for kind, *_ in peer.wire.frames()] == [PING, PING, HEADERS, DATA, HEADERS]
+    peer.clock.run()
+    assert peer.wire.frames() == []
 
 
 def test_a_peer_that_resets_or_goes_away_frees_its_streams(peer: Peer):
