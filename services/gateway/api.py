@@ -1,6 +1,7 @@
 """The management API in FastAPI: routes that only translate."""
 
 import re
+from functools import cache
 from typing import Annotated, Any
 
 import orjson
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from libs.errors import InvalidArgumentError, MillraceError, PayloadTooLargeError
-from services.gateway import bodies
+from services.gateway import bodies, openapi
 from services.gateway.error_bodies import error_answer
 from services.gateway.errors import InternalError
 from services.gateway.exchange import TOLD
@@ -43,13 +44,22 @@ def create_api(management: Management) -> FastAPI:
     _add_models(api, management)
     _add_endpoints(api, management)
     _add_log(api, management)
+    declared = api.openapi
+    api.openapi = cache(lambda: openapi.document(declared()))  # type: ignore[method-assign]
     return api
 
 
 def _add_models(api: FastAPI, management: Management) -> None:
     catalog = management.catalog
 
-    @api.post("/api/v1/artifacts", status_code=201, tags=["models"])
+    file = {"schema": {"type": "string", "format": "binary"}}
+
+    @api.post(
+        "/api/v1/artifacts",
+        status_code=201,
+        tags=["models"],
+        openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": file}}},
+    )
     async def upload_artifact(
         request: Request,
         filename: Annotated[str, Query(description="Name of the file; kept as a label, never used as a path.")] = "artifact",
@@ -154,7 +164,7 @@ def _add_log(api: FastAPI, management: Management) -> None:
         """What became of a command."""
         return _json(management.operation(operation_id))
 
-    @api.get("/api/v1/events", tags=["log"])
+    @api.get("/api/v1/events", tags=["log"], responses={200: {"content": {"text/event-stream": {}}}})
     async def events(
         type: Annotated[str | None, Query(max_length=256, description="Event type; `*` stands for anything.")] = None,  # noqa: A002
         entity: Annotated[str | None, Query(max_length=256, description="Model, endpoint, `model@version` or deployment id.")] = None,

@@ -191,8 +191,26 @@ _PLACE_RULE = "1 to 100 letters, digits, '.', '_', ':' or '-'; starts and ends w
 _ID_RULE = "up to 200 letters, digits, '.', '_', ':' or '-'"
 
 
-def _checker(what: str, pattern: str, rule: str) -> Callable[[str], None]:
-    compiled = re.compile(pattern)
+_ALIAS_OR_NUMBER = f"(?:{_VERSION_PATTERN}|{ALIAS_PATTERN.strip('^$')})"
+_PLACE_PATTERN = r"[A-Za-z0-9](?:[A-Za-z0-9._:-]{0,98}[A-Za-z0-9])?"
+
+PATTERNS: Mapping[str, str] = {
+    "model": NAME_PATTERN.strip("^$"),
+    "endpoint": NAME_PATTERN.strip("^$"),
+    "alias": ALIAS_PATTERN.strip("^$"),
+    "version": _ALIAS_OR_NUMBER,
+    "project": _PLACE_PATTERN,
+    "location": _PLACE_PATTERN,
+    "deployment_id": rf"{NAME_PATTERN.strip('^$')}\.{NAME_PATTERN.strip('^$')}\.{_VERSION_PATTERN}",
+    "file": r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}",
+    "operation_id": r"[A-Za-z0-9._-]{1,200}",
+    "letter_id": r"[A-Za-z0-9._:-]{1,200}",
+}
+"""By the name of a path parameter: what the whole of it must match."""
+
+
+def _checker(name: str, what: str, rule: str) -> Callable[[str], None]:
+    compiled = re.compile(PATTERNS[name])
 
     def check(value: str) -> None:
         if not compiled.fullmatch(value):
@@ -202,22 +220,17 @@ def _checker(what: str, pattern: str, rule: str) -> Callable[[str], None]:
     return check
 
 
-_ALIAS_OR_NUMBER = f"(?:{_VERSION_PATTERN}|{ALIAS_PATTERN.strip('^$')})"
 CHECKS: Mapping[str, Callable[[str], None]] = {
-    "model": _checker("a model name", NAME_PATTERN, NAME_RULE),
-    "endpoint": _checker("an endpoint name", NAME_PATTERN, NAME_RULE),
-    "alias": _checker("an alias", ALIAS_PATTERN, ALIAS_RULE),
-    "version": _checker("a version", _ALIAS_OR_NUMBER, f"a number from 1 on, or an alias ({ALIAS_RULE.rstrip('.')})"),
-    "project": _checker("a project", r"[A-Za-z0-9](?:[A-Za-z0-9._:-]{0,98}[A-Za-z0-9])?", _PLACE_RULE),
-    "location": _checker("a location", r"[A-Za-z0-9](?:[A-Za-z0-9._:-]{0,98}[A-Za-z0-9])?", _PLACE_RULE),
-    "deployment_id": _checker(
-        "a deployment id",
-        rf"{NAME_PATTERN.strip('^$')}\.{NAME_PATTERN.strip('^$')}\.{_VERSION_PATTERN}",
-        "<endpoint>.<model>.<version>",
-    ),
-    "file": _checker("a file of the API page", r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", "letters, digits, '.', '_' or '-'"),
-    "operation_id": _checker("an operation id", r"[A-Za-z0-9._-]{1,200}", _ID_RULE),
-    "letter_id": _checker("the id of a dead letter", r"[A-Za-z0-9._:-]{1,200}", _ID_RULE),
+    "model": _checker("model", "a model name", NAME_RULE),
+    "endpoint": _checker("endpoint", "an endpoint name", NAME_RULE),
+    "alias": _checker("alias", "an alias", ALIAS_RULE),
+    "version": _checker("version", "a version", f"a number from 1 on, or an alias ({ALIAS_RULE.rstrip('.')})"),
+    "project": _checker("project", "a project", _PLACE_RULE),
+    "location": _checker("location", "a location", _PLACE_RULE),
+    "deployment_id": _checker("deployment_id", "a deployment id", "<endpoint>.<model>.<version>"),
+    "file": _checker("file", "a file of the API page", "letters, digits, '.', '_' or '-'"),
+    "operation_id": _checker("operation_id", "an operation id", _ID_RULE),
+    "letter_id": _checker("letter_id", "the id of a dead letter", _ID_RULE),
 }
 """By the name of a path parameter: raises ``InvalidArgumentError`` that names the rule."""
 

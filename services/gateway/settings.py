@@ -57,6 +57,9 @@ class GrpcSettings(BaseSettings):
     enabled: bool = Field(True, description="Whether there is a gRPC door.")
     port: int = Field(8081, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
     max_connections: int = Field(1_024, ge=1, description="Most connections at once; a further one is told to go away.")
+    max_connections_per_client: int = Field(
+        256, ge=1, description="Most connections at once from one address (IPv6: one /64); loopback is exempt."
+    )
     max_streams: int = Field(1_000, ge=1, description="Most calls of one connection at once; the client holds further ones back.")
     max_metadata_bytes: int = Field(16_384, ge=1_024, description="Longest metadata of a call, compressed, in bytes.")
     max_buffered_bytes: int = Field(
@@ -65,7 +68,12 @@ class GrpcSettings(BaseSettings):
     header_timeout_s: float = Field(
         10.0, gt=0, description="Time for the greeting of a new connection, and for metadata or a frame that has begun, in seconds."
     )
-    body_timeout_s: float = Field(60.0, gt=0, description="Time in which the message of a call must be complete, in seconds.")
+    body_timeout_s: float = Field(
+        60.0, gt=0, description="Time in which the message of a call must be complete, or be coming at 1 KiB a second, in seconds."
+    )
+    write_timeout_s: float = Field(
+        60.0, gt=0, description="A client must take something of its answers every so many seconds; else it is cut."
+    )
     idle_timeout_s: float = Field(600.0, gt=0, description="Time a connection may be without calls, in seconds.")
 
 

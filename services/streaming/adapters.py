@@ -1,5 +1,5 @@
 """A stream's log on Kafka, by confluent-kafka: its client puts the consumer's group metadata into a transaction's offsets (KIP-447), so the
-broker refuses those of a process that has lost its partitions. aiokafka 0.14 does not; docs/adr/0006 has the test.
+broker refuses those of a process that has lost its partitions. aiokafka 0.14 does not; docs/adr/0007 has the test.
 
 On the embedded broker, which has transactions and groups in name only, records are written and acknowledged first, offsets after them, and
 the process takes all partitions: at least once.
@@ -324,8 +324,8 @@ class KafkaStreamLog:
         error = message.error()
         if error is None:
             return True
-        if error.fatal():
-            self._fatal = self._fatal or error
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            self._fatal = error
             self._check()
         if error.code() not in _PASSING:
             raise _lost(f"reading {self._topic}", error)

@@ -61,7 +61,7 @@ async def serve(folder: Path) -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with AsyncExitStack() as stack:
-        changes = {"predict_max_bytes": MAX_BODY_BYTES, "batch_rows": 64, "replica_wait_ms": 2_000}
+        changes = {"predict_max_bytes": MAX_BODY_BYTES, "batch_rows": 64, "replica_wait_ms": 2_000, "default_endpoint": "iris"}
         world = await stack.enter_async_context(make_world(folder, broker=ForgetfulBroker(), **changes))
         features, labels = load_iris(return_X_y=True)
         joblib.dump(LogisticRegression(max_iter=500).fit(features, labels), folder / "iris.joblib")

@@ -90,8 +90,10 @@ class Limits:
         Seconds until the preface must be complete, and a header block or frame that has begun.
     idle_s
         Seconds without a stream after which a connection is told to go away.
-    body_s
-        Seconds until the request of a call with one message must be complete.
+    body_s, body_bytes_per_s
+        A request must be complete after so many seconds, or have come at this pace.
+    write_s
+        Seconds in which a client must take something of what is sent to it.
     """
 
     streams: int = 1_000
@@ -103,6 +105,8 @@ class Limits:
     block_s: float = 10.0
     idle_s: float = 600.0
     body_s: float = 60.0
+    body_bytes_per_s: float = 1024.0
+    write_s: float = 60.0
 
 
 class Receiver(Interface):
@@ -136,8 +140,10 @@ class Stream:
         "_expected",
         "_has_waited",
         "_outbox",
+        "_received",
         "_recv_window",
         "_send_window",
+        "_stuck_s",
         "_trailers",
         "connection",
         "has_ended",
@@ -158,6 +164,8 @@ class Stream:
         self._recv_window = recv_window
         self._outbox: deque[memoryview] | None = None
         self._has_waited = False
+        self._stuck_s: float | None = None
+        self._received = 0
         self._expected: int | None = None
         self._trailers: bytes | None = None
 
@@ -232,11 +240,15 @@ class Stream:
     def pump(self) -> None:
         """Send what the windows allow."""
         connection, outbox, has_waited = self.connection, self._outbox, self._has_waited
+        has_moved = False
         while outbox:
             room = min(self._send_window, connection.frame_room)
             if room <= 0:
                 connection.is_blocked = self._has_waited = True
+                if has_moved or self._stuck_s is None:
+                    self._stuck_s = connection.now_s
                 return
+            has_moved = True
             piece = outbox[0]
             if len(piece) <= room:
                 outbox.popleft()
@@ -247,7 +259,7 @@ class Stream:
             connection.send_window -= len(piece)
             connection.write(_head(len(piece), _DATA, 0, self.id))
             connection.write(piece)
-        self._has_waited = False
+        self._has_waited, self._stuck_s = False, None
         if self._trailers is not None:
             trailers, self._trailers = self._trailers, None
             self.send_head(trailers, is_last=True)
@@ -279,8 +291,18 @@ class Stream:
         if self._expected:
             raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
 
+    def is_stuck(self, now_s: float, write_s: float) -> bool:
+        """Whether the peer has taken nothing for too long."""
+        return self._stuck_s is not None and now_s - self._stuck_s > write_s
+
+    def is_late(self, now_s: float, limits: Limits) -> bool:
+        """Whether the request ought to be complete by now."""
+        waited_s = now_s - self.opened_s
+        return not self.has_ended and waited_s > limits.body_s and self._received < waited_s * limits.body_bytes_per_s
+
     def arrived(self, size: int) -> None:
         """Account for data of the peer."""
+        self._received += size
         self._recv_window -= size
         if self._recv_window < 0:
             raise _StreamFault(ErrorCode.FLOW_CONTROL_ERROR)
@@ -297,16 +319,29 @@ class Connection(asyncio.Protocol):
     ----------
     accept
         Is given every stream.
+    on_made
+        Called once, when the client is known; whether the connection may stay.
     on_lost
         Called once, when the connection is gone.
+
+    Attributes
+    ----------
+    client
+        The client's host and port; None where there are none.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, accept: Accept, limits: Limits, on_lost: "Callable[[Connection], None] | None" = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        accept: Accept,
+        limits: Limits,
+        on_made: "Callable[[Connection], bool]",
+        on_lost: "Callable[[Connection], None]",
     ) -> None:
         self._loop = loop
         self._accept = accept
         self._limits = limits
+        self._on_made = on_made
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._decoder = HeaderDecoder()
@@ -323,12 +358,13 @@ class Connection(asyncio.Protocol):
         self._strikes = 0
         self._stalled_s = self._quiet_s = loop.time()
         self._is_leaving = False
-        self._is_refused = False
         self._is_closed = False
         self._pongs = b""
         self._pong_timer: asyncio.TimerHandle | None = None
         self.send_window = _DEFAULT_WINDOW
         self.is_blocked = False
+        self._paused_s: float | None = None
+        self.client: tuple[str, int] | None = None
         self.peer = ""
         self._handlers: tuple[Callable[[int, int, bytes], None], ...] = (
             self._on_data,
@@ -349,6 +385,11 @@ class Connection(asyncio.Protocol):
     def frame_room(self) -> int:
         """Bytes of data that may leave in one frame now, as far as the connection is concerned."""
         return min(self.send_window, self._peer_frame_bytes)
+
+    @property
+    def now_s(self) -> float:
+        """The event loop's clock."""
+        return self._loop.time()
 
     @property
     def open_streams(self) -> int:
@@ -382,13 +423,15 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
         peer = transport.get_extra_info("peername")
-        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
+        if isinstance(peer, tuple):
+            self.client = peer[:2]
+            self.peer = f"{peer[0]}:{peer[1]}"
         limits = self._limits
         settings = ((3, limits.streams), (4, limits.stream_window_bytes), (5, limits.frame_bytes), (6, limits.header_block_bytes))
         payload = b"".join(_SETTING.pack(*setting) for setting in settings)
         more = _head(4, _WINDOW_UPDATE, 0, 0) + _U32.pack(_MAX_WINDOW - _DEFAULT_WINDOW)
         self._transport.write(_head(len(payload), _SETTINGS, 0, 0) + payload + more)
-        if self._is_refused:
+        if not self._on_made(self):
             self._fail(ErrorCode.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
@@ -396,15 +439,16 @@ class Connection(asyncio.Protocol):
         if self._pong_timer is not None:
             self._pong_timer.cancel()
         self._give_up_all()
-        if self._on_lost is not None:
-            self._on_lost(self)
+        self._on_lost(self)
 
     def pause_writing(self) -> None:
         # Whoever does not read what we write is not read either.
+        self._paused_s = self._loop.time()
         if self._transport is not None and not self._is_closed:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self._paused_s = None
         if self._transport is not None and not self._is_closed:
             self._transport.resume_reading()
 
@@ -434,18 +478,20 @@ class Connection(asyncio.Protocol):
         elif not self._has_settings:
             if now_s - self._quiet_s > limits.first_request_s:
                 self.abort()
-        elif (self._buffer or self._block is not None) and now_s - self._stalled_s > limits.block_s and not self._is_paused():
+        elif self._paused_s is not None:
+            if now_s - self._paused_s > limits.write_s:
+                self.abort()
+        elif (self._buffer or self._block is not None) and now_s - self._stalled_s > limits.block_s:
             self._fail(ErrorCode.ENHANCE_YOUR_CALM)
         elif not self._streams and now_s - self._quiet_s > limits.idle_s:
             self.leave()
+        else:
+            for stream in [stream for stream in self._streams.values() if stream.is_stuck(now_s, limits.write_s)]:
+                self._reset(stream.id, ErrorCode.CANCEL)
 
     def late(self, now_s: float) -> list[Stream]:
         """Streams whose request ought to be complete by now."""
-        return [stream for stream in self._streams.values() if not stream.has_ended and now_s - stream.opened_s > self._limits.body_s]
-
-    def refuse(self) -> None:
-        """Close as soon as it is made: there are too many."""
-        self._is_refused = True
+        return [stream for stream in self._streams.values() if stream.is_late(now_s, self._limits)]
 
     def leave(self) -> None:
         """Take no new streams; close when those that are open have ended."""
@@ -459,9 +505,6 @@ class Connection(asyncio.Protocol):
         """Close at once."""
         if self._transport is not None:
             self._transport.abort()
-
-    def _is_paused(self) -> bool:
-        return self._transport is not None and not self._transport.is_reading()
 
     def _fail(self, code: ErrorCode) -> None:
         self.write(_head(8, _GOAWAY, 0, 0) + _U32.pack(self._last_id) + _U32.pack(code))

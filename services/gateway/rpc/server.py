@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import logging
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from grpc_health.v1 import health_pb2
@@ -12,6 +12,7 @@ from libs.errors import ConfigurationError, DeadlineExceededError
 from libs.inference.oip_proto import open_inference_pb2
 from services.gateway.access import AccessControl
 from services.gateway.health import Health
+from services.gateway.http.connections import client_key
 from services.gateway.predictions import Handler
 from services.gateway.routes import Door, HttpRoute, Permission
 from services.gateway.rpc import health, inference, reflection
@@ -23,8 +24,6 @@ from services.gateway.rpc.inference import DataPlane, InferenceService
 from services.gateway.rpc.reflection import Reflection
 from services.gateway.settings import GrpcSettings
 from services.gateway.tracing import Tracing
-
-log = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
 _BACKLOG = 1024
@@ -100,8 +99,10 @@ class GrpcServer:
             block_s=settings.header_timeout_s,
             idle_s=settings.idle_timeout_s,
             body_s=settings.body_timeout_s,
+            write_s=settings.write_timeout_s,
         )
         self._connections: set[Connection] = set()
+        self._per_client: Counter[str] = Counter()
         self._server: asyncio.Server | None = None
         self._drained: asyncio.Event | None = None
         self.port = settings.port
@@ -147,15 +148,25 @@ class GrpcServer:
             connection.abort()
 
     def _connection(self) -> Connection:
-        connection = Connection(asyncio.get_running_loop(), self._router.accept, self._limits, self._lost)
+        return Connection(asyncio.get_running_loop(), self._router.accept, self._limits, self._made, self._lost)
+
+    def _made(self, connection: Connection) -> bool:
+        """Count a connection; the value is whether it may stay."""
         self._connections.add(connection)
-        if len(self._connections) > self._settings.max_connections:
-            log.warning("refused a gRPC connection: %d are open", len(self._connections) - 1)
-            connection.refuse()
-        return connection
+        key = client_key(connection.client)
+        if key is not None:
+            self._per_client[key] += 1
+        return len(self._connections) <= self._settings.max_connections and (
+            key is None or self._per_client[key] <= self._settings.max_connections_per_client
+        )
 
     def _lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        key = client_key(connection.client)
+        if key is not None:
+            self._per_client[key] -= 1
+            if not self._per_client[key]:
+                del self._per_client[key]
         if self._drained is not None and not self._connections:
             self._drained.set()
 

@@ -113,7 +113,7 @@ class Peer:
         self.clock, self.wire, self.heard = Clock(), Wire(), []
         self.lost: list[Connection] = []
         self.encoder = hpack.Encoder()
-        self.connection = Connection(self.clock, self.accept, Limits(**limits), self.lost.append)  # type: ignore[arg-type]
+        self.connection = Connection(self.clock, self.accept, Limits(**limits), lambda _: True, self.lost.append)  # type: ignore[arg-type]
         self.connection.connection_made(self.wire)  # type: ignore[arg-type]
         if greets:
             self.connection.data_received(PREFACE)
@@ -158,7 +158,7 @@ def peer() -> Peer:
 
 def test_a_greeting_is_answered_by_settings_that_say_what_is_taken():
     clock, wire = Clock(), Wire()
-    connection = Connection(clock, lambda *_: None, Limits(streams=7))  # type: ignore[arg-type]
+    connection = Connection(clock, lambda *_: None, Limits(streams=7), lambda _: True, lambda _: None)  # type: ignore[arg-type]
     connection.connection_made(wire)  # type: ignore[arg-type]
     (kind, _, _, payload), (update, _, stream, _) = wire.frames()
     assert (kind, update, stream) == (SETTINGS, WINDOW_UPDATE, 0)
@@ -535,8 +535,7 @@ def test_leaving_lets_open_streams_end_and_takes_no_new_ones(peer: Peer):
 
 
 def test_one_connection_too_many_is_told_to_go():
-    connection, wire = Connection(Clock(), lambda *_: None, Limits()), Wire()  # type: ignore[arg-type]
-    connection.refuse()
+    connection, wire = Connection(Clock(), lambda *_: None, Limits(), lambda _: False, lambda _: None), Wire()  # type: ignore[arg-type]
     connection.connection_made(wire)  # type: ignore[arg-type]
     assert wire.frames()[-1][0] == GOAWAY
     assert wire.is_closed
@@ -584,3 +583,29 @@ def test_late_requests_are_those_that_are_not_complete(peer: Peer):
     assert incomplete is not None
     assert peer.connection.late(peer.clock.now + 59) == []
     assert peer.connection.late(peer.clock.now + 61) == [incomplete.stream]
+    peer.send(DATA, bytes(70_000), 0, 3)
+    assert peer.connection.late(peer.clock.now + 61) == []
+    assert peer.connection.late(peer.clock.now + 70) == [incomplete.stream]
+
+
+def test_a_stream_whose_answer_nobody_takes_is_reset_in_time(peer: Peer):
+    peer.send(SETTINGS, struct.pack(">HI", 4, 10))
+    heard = peer.open(1, 5)
+    assert heard is not None
+    heard.stream.respond(b"\x88", b"x" * 25, b"\x88")
+    peer.clock.now += 50
+    peer.send(WINDOW_UPDATE, struct.pack(">I", 10), 0, 1)
+    peer.connection.sweep(peer.clock.now + 59)
+    assert heard.stream.is_open
+    peer.wire.frames()
+    peer.connection.sweep(peer.clock.now + 61)
+    assert peer.reset() is ErrorCode.CANCEL
+    assert heard.is_gone
+
+
+def test_a_connection_that_nobody_reads_is_cut_in_time(peer: Peer):
+    peer.connection.pause_writing()
+    peer.connection.sweep(peer.clock.now + 59)
+    assert not peer.wire.is_closed
+    peer.connection.sweep(peer.clock.now + 61)
+    assert peer.wire.is_closed
