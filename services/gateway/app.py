@@ -144,7 +144,14 @@ def data_plane_limits(settings: Settings) -> DataPlaneLimits:
         timeout_ms=settings.predict_timeout_ms,
         replica_wait_s=settings.replica_wait_ms / 1000,
         accepted=settings.accepted_requests,
-        batch=BatchLimits(settings.batch_rows, settings.batch_bytes, settings.batches_in_flight, settings.queue_requests),
+        batch=BatchLimits(
+            rows=settings.batch_rows,
+            size_bytes=settings.batch_bytes,
+            in_flight=settings.batches_in_flight,
+            queued=settings.queue_requests,
+            takes_s=settings.batch_ms / 1000,
+            wait_s=settings.queue_ms / 1000,
+        ),
     )
 
 

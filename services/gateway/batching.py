@@ -21,12 +21,18 @@ MOST_PASSED_OVER = 64
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """How much one batch holds, how many batches a replica is given at once, and how many requests may wait for one deployment."""
+    """How much one batch holds, how many batches a replica is given at once, and how much may wait for one deployment.
 
-    rows: int = 1024
+    ``takes_s`` is how long a batch may be expected to take: larger ones of a slow model would gain nothing and keep everybody waiting for
+    the last row. ``wait_s`` is the longest expected wait of a request that is still accepted.
+    """
+
+    rows: int = 16_384
     size_bytes: int = 8 * 2**20
     in_flight: int = 1
     queued: int = 1024
+    takes_s: float = 0.1
+    wait_s: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -84,13 +90,58 @@ class Batch:
     model_s: float = 0.0
 
 
+class Pace:
+    """How long batches take: ``fixed_s + rows × row_s``, fitted to the batches seen lately by exponentially weighted least squares.
+
+    While all batches had as many rows nothing tells the two parts apart; then all of the time is taken to be the rows'.
+
+    Examples
+    --------
+    >>> pace = Pace()
+    >>> for rows in (1, 10, 4, 7) * 10:
+    ...     pace.add(rows, 0.002 + rows * 0.005)
+    >>> round(pace.row_s, 4), round(pace.seconds(20), 3), pace.most_rows(0.1)
+    (0.005, 0.102, 19)
+    """
+
+    def __init__(self) -> None:
+        self._weight = 1.0
+        self._rows = 0.0
+        self._took_s = 0.0
+        self._variance = 0.0
+        self._covariance = 0.0
+        self.row_s = 0.0
+        self.fixed_s = 0.0
+
+    def add(self, rows: int, took_s: float) -> None:
+        """Learn from a batch."""
+        weight, self._weight = self._weight, max(0.1, self._weight / (1 + self._weight))
+        more, longer = rows - self._rows, took_s - self._took_s
+        self._rows += weight * more
+        self._took_s += weight * longer
+        self._variance = (1 - weight) * (self._variance + weight * more * more)
+        self._covariance = (1 - weight) * (self._covariance + weight * more * longer)
+        self.row_s = self._took_s / self._rows
+        if self._variance > 0.01 * self._rows * self._rows:
+            self.row_s = min(self.row_s, max(0.0, self._covariance / self._variance))
+        self.fixed_s = max(0.0, self._took_s - self._rows * self.row_s)
+
+    def seconds(self, rows: float) -> float:
+        """Seconds that a batch of so many rows will take; 0 while nothing is known."""
+        return self.fixed_s + rows * self.row_s
+
+    def most_rows(self, takes_s: float) -> int:
+        """Rows of a batch that takes no longer."""
+        return int(max(0.0, takes_s - self.fixed_s) / self.row_s) if self.row_s > 0 else 2**31
+
+
 class Lane:
     """The queue of one deployment and what its replicas are busy with.
 
     Attributes
     ----------
-    batch_s
-        Seconds that a batch takes, smoothed.
+    pace
+        How long batches take.
     flush_is_due
         Whether batches will be formed in this turn of the event loop anyway.
     is_away
@@ -99,10 +150,10 @@ class Lane:
 
     def __init__(self, route: Route, limits: BatchLimits) -> None:
         self.route = route
-        self.batch_s = 0.0
-        self._per_batch = 1.0
+        self.pace = Pace()
+        self._rows_queued = 0
         self.flush_is_due = False
-        self._limits = limits
+        self.limits = limits
         self._batchable = is_batchable(route.signature)
         self._queue: OrderedDict[Pending, None] = OrderedDict()
         self._busy: dict[Replica, int] = dict.fromkeys(route.replicas, 0)
@@ -127,7 +178,7 @@ class Lane:
     @property
     def has_room(self) -> bool:
         """Whether another request may wait here."""
-        return self.queued < self._limits.queued
+        return self.queued < self.limits.queued
 
     @property
     def is_batchable(self) -> bool:
@@ -139,9 +190,13 @@ class Lane:
         self._batchable = False
 
     def wait_s(self) -> float:
-        """Seconds that a request which comes now will wait, by what batches took lately; 0 while nothing is known."""
-        batches = len(self._queue) / self._per_batch if self._batchable else len(self._queue)
-        return (int(batches) + (1 if self.in_flight else 0)) * self.batch_s / max(1, len(self._busy))
+        """Seconds until a request of one row that comes now will be answered, by what batches took lately; 0 while nothing is known."""
+        pace = self.pace
+        batches = -(-(self._rows_queued + 1) // max(1, self._most_rows(self.limits.takes_s))) if self._batchable else len(self._queue) + 1
+        return ((batches + self.in_flight) * pace.fixed_s + (self._rows_queued + 1) * pace.row_s) / max(1, len(self._busy))
+
+    def _most_rows(self, takes_s: float) -> int:
+        return min(self.limits.rows, self.pace.most_rows(takes_s))
 
     def update(self, route: Route) -> None:
         """Take over which replicas there are now."""
@@ -153,16 +208,19 @@ class Lane:
     def put(self, pending: Pending) -> None:
         """Have a request wait."""
         self._queue[pending] = None
+        self._rows_queued += pending.rows
 
     def put_back(self, members: list[Pending]) -> None:
         """Have requests that were asked in vain wait again, before all others."""
         for pending in reversed(members):
-            self._queue[pending] = None
+            self.put(pending)
             self._queue.move_to_end(pending, last=False)
 
     def remove(self, pending: Pending) -> None:
         """Free the place of a request that ended while it waited."""
-        self._queue.pop(pending, None)
+        if pending in self._queue:
+            del self._queue[pending]
+            self._rows_queued -= pending.rows
 
     def waiting(self) -> list[Pending]:
         """All requests that wait."""
@@ -172,6 +230,7 @@ class Lane:
         """Take all requests that wait."""
         waiting = list(self._queue)
         self._queue.clear()
+        self._rows_queued = 0
         return waiting
 
     def lose(self, replica: Replica) -> None:
@@ -193,16 +252,12 @@ class Lane:
     def returned(self, batch: Batch, took_s: float) -> None:
         """Count out a batch."""
         self.release(batch.replica)
-        if self.batch_s == 0.0:
-            self.batch_s, self._per_batch = took_s, float(len(batch.members))
-        else:
-            self.batch_s += 0.1 * (took_s - self.batch_s)
-            self._per_batch += 0.1 * (len(batch.members) - self._per_batch)
+        self.pace.add(batch.rows, took_s)
 
     def idle_replica(self) -> Replica | None:
         """The replica with the least to do, if it may be given a batch."""
         best: Replica | None = None
-        least = self._limits.in_flight
+        least = self.limits.in_flight
         for replica, busy in self._busy.items():
             if busy < least and replica not in self._lost:
                 best, least = replica, busy
@@ -211,27 +266,32 @@ class Lane:
             self._busy[best] = self._busy.pop(best)
         return best
 
-    def next_batch(self, replica: Replica) -> tuple[list[Pending], str] | None:
-        """Take the requests that leave next, with the reason if it is one of their own; None when nobody waits."""
+    def next_batch(self, replica: Replica, now_s: float) -> tuple[list[Pending], str] | None:
+        """Take the requests that leave next, with the reason if it is one of their own; None when nobody waits.
+
+        A batch is not made longer than half of the time that its first request has left.
+        """
         queue = self._queue
         if not queue:
             return None
         first, _ = queue.popitem(last=False)
+        self._rows_queued -= first.rows
         self._busy[replica] += 1
         if first.is_alone or not self._batchable:
             return [first], "alone"
-        return self._gather(first)
+        return self._gather(first, min(self.limits.takes_s, (first.deadline_s - now_s) / 2))
 
-    def _gather(self, first: Pending) -> tuple[list[Pending], str]:
+    def _gather(self, first: Pending, takes_s: float) -> tuple[list[Pending], str]:
         members, rows, size_bytes, passed_over = [first], first.rows, first.size_bytes, 0
         fitting: list[Pending] = []
         reason = ""
+        most_rows = self._most_rows(takes_s)
         for pending in self._queue:
             if pending.is_alone or pending.key != first.key:
                 passed_over += 1
                 if passed_over > MOST_PASSED_OVER:
                     break
-            elif rows + pending.rows > self._limits.rows or size_bytes + pending.size_bytes > self._limits.size_bytes:
+            elif rows + pending.rows > most_rows or size_bytes + pending.size_bytes > self.limits.size_bytes:
                 reason = "full"
                 break
             else:
@@ -240,6 +300,7 @@ class Lane:
                 size_bytes += pending.size_bytes
         for pending in fitting:
             del self._queue[pending]
+        self._rows_queued -= rows - first.rows
         members += fitting
         return members, reason
 

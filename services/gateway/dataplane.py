@@ -32,8 +32,8 @@ _PING_PAUSE_S = 0.1
 _MOST_ATTEMPTS = 2
 """A request may run twice, never more often: prediction is pure, and one that loses two runners may be the cause."""
 
-_FEW_QUEUED = 32
-"""With fewer waiting, what batches took lately says little about what a batch of all of them will take."""
+_FEW_QUEUED = 4
+"""With fewer waiting nobody is refused: what single batches took says too little."""
 
 
 class Recorder(Interface):
@@ -246,7 +246,7 @@ class DataPlane:
             replica = lane.idle_replica()
             if replica is None:
                 return
-            taken = lane.next_batch(replica)
+            taken = lane.next_batch(replica, monotonic())
             if taken is None:
                 return
             members, own_reason = taken
@@ -532,8 +532,8 @@ def _parse(pending: Pending, route: Route) -> None:
 def _check_room(lane: Lane, timeout_s: float) -> None:
     if not lane.has_room:
         raise OverloadedError(f"{lane.queued} requests wait for {lane.route.model_name}@{lane.route.version} already")
-    if lane.queued >= _FEW_QUEUED and lane.wait_s() > timeout_s:
-        raise OverloadedError(f"a request to {lane.route.model_name}@{lane.route.version} would wait {lane.wait_s():.1f} s now")
+    if lane.queued >= _FEW_QUEUED and lane.wait_s() > min(timeout_s, lane.limits.wait_s):
+        raise OverloadedError(f"a request to {lane.route.model_name}@{lane.route.version} would take {lane.wait_s():.1f} s now")
 
 
 def _reason(error: MillraceError) -> str:

@@ -56,7 +56,7 @@ class GrpcSettings(BaseSettings):
 
     enabled: bool = Field(True, description="Whether there is a gRPC door.")
     port: int = Field(8081, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
-    max_connections: int = Field(1_024, ge=1, description="Most connections at once; a further one is told to go away.")
+    max_connections: int = Field(1_024, ge=1, description="Most connections at once; a further one is closed at once.")
     max_connections_per_client: int = Field(
         256, ge=1, description="Most connections at once from one address (IPv6: one /64); loopback is exempt."
     )
@@ -120,9 +120,15 @@ class Settings(BaseSettings):
     replica_wait_ms: int = Field(
         5_000, ge=0, description="Longest time a predict request waits for a replica that is being restarted, in milliseconds."
     )
-    batch_rows: int = Field(1024, ge=1, le=1_000_000, description="Most rows of one batch.")
+    batch_rows: int = Field(16_384, ge=1, le=1_000_000, description="Most rows of one batch.")
     batch_bytes: int = Field(8 * 2**20, ge=1_024, description="Largest inputs of one batch, in bytes; a larger request goes alone.")
     batches_in_flight: int = Field(1, ge=1, le=64, description="Batches that one replica is given at once.")
+    batch_ms: int = Field(
+        100, ge=1, description="Time that a batch may be expected to take, in milliseconds: a slow model gets smaller batches."
+    )
+    queue_ms: int = Field(
+        1_000, ge=1, description="Longest expected wait of a predict request that is still accepted, in milliseconds; beyond it: 429."
+    )
     queue_requests: int = Field(
         1024, ge=1, description="Most predict requests that wait for one deployment; further ones are refused with 429."
     )

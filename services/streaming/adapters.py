@@ -404,4 +404,9 @@ def _lost(doing: str, error: KafkaError) -> SessionLostError:
 
 
 def _taken(message: Any) -> Taken:
-    return Taken(message.partition(), message.offset(), message.key(), message.value(), message.headers() or (), message.timestamp()[1])
+    try:
+        headers = message.headers() or ()
+    except UnicodeDecodeError:
+        # The name of one is not text. None of them can be had then, and the record is one without.
+        headers = ()
+    return Taken(message.partition(), message.offset(), message.key(), message.value(), headers, message.timestamp()[1])

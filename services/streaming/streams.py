@@ -22,9 +22,9 @@ from libs.messaging.errors import StoppingError
 from libs.messaging.loop import GRACE_S
 from libs.messaging.retry import keep_trying
 from libs.metrics import Histogram, Metrics
-from libs.metrics.definitions import STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
+from libs.metrics.definitions import DEAD_LETTERS, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
 from schemas.topics import Topic, inference_requests, inference_results
-from services.streaming.answering import Answerer, AnswerParts
+from services.streaming.answering import SERVICE, Answerer, AnswerParts
 from services.streaming.batches import Item
 from services.streaming.errors import SessionLostError
 from services.streaming.log import Chunk, StreamLog, StreamLogs
@@ -272,6 +272,8 @@ class _Figures:
         for entry in some:
             for outcome, count in Counter([item.outcome for item in entry.items]).items():
                 self._metrics.counter(STREAM_RECORDS, self._endpoint_name, outcome).value += count
+                if outcome != "completed":
+                    self._metrics.counter(DEAD_LETTERS, SERVICE, inference_requests(self._endpoint_name).name).value += count
             _observe(self._seconds, now - entry.read.taken_s, len(entry.items))
 
     def waiting(self, lags: dict[int, int]) -> None:

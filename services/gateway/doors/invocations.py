@@ -74,7 +74,7 @@ def handlers(catalog: Catalog, health: Health) -> Mapping[tuple[str, str], Handl
         """Whether the gateway can do its work."""
         if not health.is_ready:
             raise NotReadyError("the gateway is not ready: it has not read the state yet, or is stopping")
-        return Outgoing(b"\n")
+        return json_answer({"status": "ok"})
 
     async def say_version(_incoming: Incoming) -> Outgoing:
         """Millrace's version."""

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol as Interface
 
 from opentelemetry.trace import Span
@@ -27,8 +28,6 @@ from services.gateway.tracing import Tracing, traceparent_of
 
 log = logging.getLogger(__name__)
 
-Metadata = Sequence[tuple[bytes, bytes]]
-
 RETRY_AFTER_MS = 1_000
 """What a client is told to wait before it tries again what may succeed then."""
 
@@ -36,12 +35,13 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _STATUS_200 = b"\x88"
 _OK = encode([(b"grpc-status", b"0")])
 _HEAD = _STATUS_200 + encode([(b"content-type", b"application/grpc")])
+_HEAD_OF_REQUEST = _HEAD + b"\x00\x0cx-request-id"
 _NOT_GRPC = encode([(b":status", b"415")])
 _NOT_POST = encode([(b":status", b"405"), (b"allow", b"POST")])
 _ACCEPTED = (b"grpc-accept-encoding", ",".join(framing.ENCODINGS).encode())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
     """What a call begins with.
 
@@ -67,6 +67,15 @@ class Head:
     def traceparent(self) -> str | None:
         """Context of the call's span; None when it is not traced."""
         return None if self.span is None else traceparent_of(self.span)
+
+    def block(self) -> bytes:
+        """The header block that a good answer begins with."""
+        request_id = self.request_id.encode()
+        if len(request_id) < 127:
+            block = b"%b%c%b" % (_HEAD_OF_REQUEST, len(request_id), request_id)
+        else:
+            block = _HEAD + encode([(b"x-request-id", request_id)])
+        return block if self.encoding is None else block + encode([(b"grpc-encoding", self.encoding.encode())])
 
 
 class Budget:
@@ -185,6 +194,11 @@ def _error(error: MillraceError, request_id: str) -> list[tuple[bytes, bytes]]:
     return fields
 
 
+@lru_cache(maxsize=1024)
+def _encoded(metadata: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    return encode(metadata)
+
+
 Answer = Callable[["UnaryCall", bytes], None]
 """Answers a call with one message, now or later, by ``reply`` or ``fail``; may raise ``MillraceError``, which fails it."""
 
@@ -254,15 +268,12 @@ class UnaryCall(_Call):
         if self.on_gone is not None:
             self.on_gone()
 
-    def reply(self, message: bytes, metadata: Metadata = ()) -> None:
+    def reply(self, message: bytes, metadata: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         """Answer, unless the call has ended."""
         if not self.stream.is_open:
             return
         head = self.head
-        fields = [(b"x-request-id", head.request_id.encode()), *metadata]
-        if head.encoding is not None:
-            fields.append((b"grpc-encoding", head.encoding.encode()))
-        self.stream.respond(_HEAD + encode(fields), framing.framed(message, head.encoding), _OK)
+        self.stream.respond(head.block() + _encoded(metadata), framing.framed(message, head.encoding), _OK)
         self.trace_end(None)
 
 
@@ -301,10 +312,7 @@ class StreamCall(_Call):
         self._timer: asyncio.TimerHandle | None = None
         self.is_full = False
         self._session = open_session(self)
-        fields = [(b"x-request-id", head.request_id.encode())]
-        if head.encoding is not None:
-            fields.append((b"grpc-encoding", head.encoding.encode()))
-        stream.send_head(_HEAD + encode(fields))
+        stream.send_head(head.block())
         if head.deadline_s is not None:
             self._timer = asyncio.get_running_loop().call_at(head.deadline_s, self._expire)
 

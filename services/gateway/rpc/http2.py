@@ -426,13 +426,16 @@ class Connection(asyncio.Protocol):
         if isinstance(peer, tuple):
             self.client = peer[:2]
             self.peer = f"{peer[0]}:{peer[1]}"
+        if not self._on_made(self):
+            # Before any greeting: to a client that was greeted this would be no failure, and it would be back at once.
+            self._is_closed = True
+            self._transport.abort()
+            return
         limits = self._limits
         settings = ((3, limits.streams), (4, limits.stream_window_bytes), (5, limits.frame_bytes), (6, limits.header_block_bytes))
         payload = b"".join(_SETTING.pack(*setting) for setting in settings)
         more = _head(4, _WINDOW_UPDATE, 0, 0) + _U32.pack(_MAX_WINDOW - _DEFAULT_WINDOW)
         self._transport.write(_head(len(payload), _SETTINGS, 0, 0) + payload + more)
-        if not self._on_made(self):
-            self._fail(ErrorCode.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._is_closed = True

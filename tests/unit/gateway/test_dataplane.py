@@ -15,7 +15,7 @@ from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import NoReplicaError, Route
 from schemas.inference import Signature, TensorSpec
 from schemas.registry import Replica
-from services.gateway.batching import Batch, BatchLimits, Pending
+from services.gateway.batching import Batch, BatchLimits, Pace, Pending
 from services.gateway.changes import Changes
 from services.gateway.dataplane import DataPlane, DataPlaneLimits
 from services.gateway.errors import InternalError
@@ -550,3 +550,49 @@ async def test_a_stopped_data_plane_looks_for_no_replica(bench):
     bench.pool.asked[0].answer(RunnerGoneError("closed"))
     await turn()
     assert bench.plane._probes == {}
+
+
+def pace_of(row_s: float, fixed_s: float = 0.0) -> Pace:
+    pace = Pace()
+    for rows in (1, 9, 4, 6) * 10:
+        pace.add(rows, fixed_s + rows * row_s)
+    return pace
+
+
+async def test_a_slow_model_gets_batches_that_end_in_time(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.plane.lanes["sums.sums.1"].pace = pace_of(0.03)
+    for number in range(2, 8):
+        bench.ask((number, 0))
+    await turn()
+    bench.plane.lanes["sums.sums.1"].returned = lambda batch, _: bench.plane.lanes["sums.sums.1"].release(batch.replica)
+    bench.pool.asked[0].answer()
+    assert bench.pool.asked[1].rows == [2, 3, 4]
+
+
+async def test_a_model_whose_time_does_not_depend_on_rows_gets_all_that_wait(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.plane.lanes["sums.sums.1"].pace = pace_of(0.0, fixed_s=0.05)
+    for number in range(2, 8):
+        bench.ask((number, 0))
+    await turn()
+    bench.pool.asked[0].answer()
+    assert bench.pool.asked[1].rows == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("row_s", "timeout_ms", "most"), [(0.25, None, 5), (0.05, 250, 6), (0.000001, None, 100)])
+async def test_what_could_not_be_answered_in_time_is_refused_at_once(bench, row_s, timeout_ms, most):
+    bench.ask((1, 0))
+    await turn()
+    bench.plane.lanes["sums.sums.1"].pace = pace_of(row_s)
+    accepted = 1
+    for number in range(2, 100):
+        try:
+            bench.ask((number, 0), timeout_ms=timeout_ms)
+        except OverloadedError:
+            break
+        accepted += 1
+    assert accepted <= most
+    assert bench.plane.lanes["sums.sums.1"].wait_s() < 1.5

@@ -186,6 +186,13 @@ async def test_every_answer_names_the_version_and_the_request(door: Door):
     assert door.plane.asked[0].caller == Caller("r-1", "local", body_bytes=len(request(id="mine").SerializeToString()))
 
 
+@pytest.mark.parametrize("length", [126, 127, 128])
+async def test_a_long_request_id_is_echoed_whole(door: Door, length):
+    call = door.infer(metadata=(("x-request-id", "r" * length),))
+    await call
+    assert dict(await call.initial_metadata())["x-request-id"] == "r" * length
+
+
 async def test_a_request_without_an_id_gets_one(door: Door):
     call = door.infer()
     made = (await call).id
@@ -612,7 +619,7 @@ async def test_one_connection_too_many_is_unavailable_and_the_others_work():
     async with opened(max_connections=1) as door:
         assert (await door.infer()).model_name == "e"
         async with grpc.aio.insecure_channel(f"127.0.0.1:{door.server.port}", (("grpc.use_local_subchannel_pool", 1),)) as second:
-            call = second.unary_unary(f"/{SERVICE}/ServerLive")(b"")
+            call = second.unary_unary(f"/{SERVICE}/ServerLive")(b"", timeout=30)
             assert (await status(call))[0] is grpc.StatusCode.UNAVAILABLE
         assert (await door.infer()).model_name == "e"
 
