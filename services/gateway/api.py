@@ -1,5 +1,6 @@
 """The management API in FastAPI: routes that only translate."""
 
+import json
 import re
 from functools import cache
 from typing import Annotated, Any
@@ -254,4 +255,8 @@ def _response(answer: Answer) -> Response:
 
 
 def _json(view: View | dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(view), status, media_type="application/json")
+    try:
+        content = orjson.dumps(view)
+    except orjson.JSONEncodeError:
+        content = json.dumps(view).encode()  # not all that writes to the log keeps to 64 bits
+    return Response(content, status, media_type="application/json")

@@ -2,11 +2,39 @@
 
 from typing import Any
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from libs.errors import InvalidArgumentError
+from libs.inference.bodies import parse_object
 from schemas.base import Alias, Name, Percent, Sha256, VersionNumber
 from schemas.predictions import PredictionLogMode
 from schemas.registry import ArtifactFormat, Labels
+
+MOST_NESTED = 64
+"""Deeper bodies are refused: what reads the log follows some 200 levels."""
+
+
+def portable(body: bytes) -> bytes:
+    """A JSON body written so that whoever reads the log later, in any language, reads what was meant.
+
+    What is in a command stays in the state: an integer beyond 64 bits, or half a character, would be found when it is shown.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Not a JSON object, a name given twice, NaN or Infinity, or nested too deeply.
+    """
+    document = parse_object(body)
+    if _is_deeper(document, MOST_NESTED):
+        raise InvalidArgumentError(f"the request body is nested deeper than {MOST_NESTED} levels")
+    return orjson.dumps(document)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 class Body(BaseModel):

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from libs import telemetry
 from libs.errors import MillraceError
 from libs.inference.routing import Route
-from services.gateway import routes, tracing
+from services.gateway import bodies, routes, tracing
 from services.gateway.access import AccessControl, Principal
 from services.gateway.asynchronous import AsyncPredictions, prefers_async
 from services.gateway.dataplane import DataPlane
@@ -266,7 +266,7 @@ class Front:
         if route is not None and route.door is Door.API:
             body = await read_body(receive, dict(scope["headers"]), self._management_max_bytes)
             scope["headers"] = _as_json(scope["headers"])
-            receive = _replayed(bytes(body), receive)
+            receive = _replayed(bodies.portable(bytes(body)) if body else b"", receive)
         await self._api(scope, receive, send)
         told: MillraceError | None = scope.get(TOLD)
         return told

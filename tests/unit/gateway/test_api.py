@@ -351,6 +351,34 @@ async def test_a_bug_is_a_500_that_tells_nothing_and_is_logged(world, monkeypatc
     assert "a secret detail" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"NaN",
+        b"Infinity",
+        b"1e999",
+        b"9" * 400,
+        b'"\\ud800"',
+        b"[" * 100 + b"]" * 100,
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":1,"a":2}',
+        b"\xff",
+    ],
+)
+@pytest.mark.parametrize("place", [b'"example": {"instances": %b}', b'"lineage": {"parameters": {"a": %b}}', b'"unknown": %b'])
+async def test_values_that_not_every_reader_of_the_log_understands_are_refused(world, place, value):
+    artifact = json.dumps(await world.upload()).encode()
+    answer = await world.http.post("/api/v1/models/m/versions", content=b'{"artifact": %b, %b}' % (artifact, place % value))
+    assert (answer.status_code, list(answer.json())) == (400, ["error"]), answer.text
+    assert world.broker.records(COMMANDS.name) == ()
+
+
+async def test_numbers_of_64_bits_arrive_exactly(world):
+    body = {"artifact": await world.upload(), "lineage": {"parameters": {"a": 2**64 - 1, "b": -(2**63), "c": 0.1}}}
+    shown = (await world.http.post("/api/v1/models/m/versions", json=body)).json()
+    assert shown["spec"]["lineage"]["parameters"] == {"a": 2**64 - 1, "b": -(2**63), "c": 0.1}
+
+
 async def test_the_openapi_document_and_its_page(world):
     document = (await world.http.get("/openapi.json")).json()
     assert "/api/v1/models/{model}/versions" in document["paths"]
