@@ -106,7 +106,7 @@ def build(
     if settings.grpc.enabled:
         grpc = GrpcServer(
             access,
-            methods(dataplane, handlers, health),
+            methods(dataplane, handlers, health, recorder.refused),
             settings.grpc,
             settings.host,
             tracing(settings.telemetry),

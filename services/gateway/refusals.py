@@ -28,7 +28,12 @@ def nobody(_endpoint_name: str, _protocol: Protocol, _reason: str) -> None:
 def refuse(refused: Refused, template: str, parameters: Mapping[str, str], error: MillraceError) -> None:
     """Tell of a request to a predict route, by its template and the parameters of its path."""
     endpoint_name = parameters.get("model") or parameters.get("endpoint") or ""
-    refused(endpoint_name, protocol_of(template), _REASONS.get(int(error.http_status), "failed"))
+    refused(endpoint_name, protocol_of(template), reason_of(error))
+
+
+def reason_of(error: MillraceError) -> str:
+    """Why a request was refused, in one of a few words."""
+    return _REASONS.get(int(error.http_status), "failed")
 
 
 def protocol_of(template: str) -> Protocol:

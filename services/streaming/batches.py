@@ -31,18 +31,21 @@ class Item:
         The JSON body; None for other forms.
     asked
         The tensors, once they had to be made for this request by itself.
+    rows
+        How many rows ``asked`` has.
     lost
         Runners that were lost while they were asked this among others, or this alone.
     written
         What goes out for it: its result, and the dead letter of a failed one.
     """
 
-    __slots__ = ("asked", "document", "lost", "outcome", "request", "span", "written")
+    __slots__ = ("asked", "document", "lost", "outcome", "request", "rows", "span", "written")
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.document: dict[str, Any] | None = None
         self.asked: InferRequest | None = None
+        self.rows = 1
         self.lost = 0
         self.outcome = "completed"
         self.span: Any = None
@@ -141,10 +144,11 @@ class Grouping:
         self._plain: dict[str, tuple[Route, list[Item]]] = {}
         self._parsed: dict[Any, tuple[Route, list[Item]]] = {}
         self._alone: list[Batch] = []
+        self._batchable: dict[str, bool] = {}
 
     def add(self, item: Item, route: Route, *, is_alone: bool) -> None:
         """Put an item to those it can be asked with."""
-        if is_alone or not is_batchable(route.signature):
+        if is_alone or not self._is_batchable(route):
             asked = self._parse(item, route)
             if asked is not None:
                 self._alone.append(Batch(route, [item], [row_count(asked) or 1], asked.inputs, asked.outputs))
@@ -161,7 +165,7 @@ class Grouping:
             for some, some_counts in _cut(items, counts, limit):
                 found += self._joined(route, some, some_counts)
         for route, items in self._parsed.values():
-            counts = [row_count(item.asked) or 1 for item in items]  # type: ignore[arg-type]
+            counts = [item.rows for item in items]
             for some, some_counts in _cut(items, counts, limit):
                 found.append(_concatenated(route, some, some_counts))
         return found + self._alone
@@ -180,10 +184,18 @@ class Grouping:
         asked = self._parse(item, route)
         if asked is None:
             return
-        if row_count(asked) is None:
+        rows = row_count(asked)
+        if rows is None:
             self._alone.append(Batch(route, [item], [1], asked.inputs, asked.outputs))
         else:
+            item.rows = rows
             self._parsed.setdefault((route.deployment_id, item.is_rows, key_of(asked)), (route, []))[1].append(item)
+
+    def _is_batchable(self, route: Route) -> bool:
+        known = self._batchable.get(route.deployment_id)
+        if known is None:
+            known = self._batchable[route.deployment_id] = is_batchable(route.signature)
+        return known
 
     def _parse(self, item: Item, route: Route) -> InferRequest | None:
         try:

@@ -86,6 +86,10 @@ class OnnxModel:
             answers = self._session.run(list(outputs), feed)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise InvalidInputError(_reason(error)) from error
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+            if _rows_differ(inputs):
+                raise InvalidInputError("the inputs differ in how many rows they have, and the graph cannot join them") from error
+            raise
         return {name: self._array(name, answer) for name, answer in zip(outputs, answers)}
 
     def _array(self, name: str, answer: Any) -> Any:
@@ -110,6 +114,11 @@ def _describe_output(node: Any) -> dict[str, Any] | None:
 
 def _shape(node: Any) -> list[int]:
     return [size if isinstance(size, int) and size > 0 else -1 for size in node.shape]
+
+
+def _rows_differ(inputs: Arrays) -> bool:
+    """Each input fits the signature by itself; together they may not."""
+    return len({array.shape[0] for array in inputs.values() if array.ndim}) > 1
 
 
 def _texts(name: str, values: Any) -> Any:

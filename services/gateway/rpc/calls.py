@@ -110,10 +110,14 @@ Open = Callable[[Stream, Head, CallLimits], Receiver]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method: its path as a row of the table of routes, which says who may use it, and what a call of it begins with."""
+    """A method: its path as a row of the table of routes, which says who may use it, and what a call of it begins with.
+
+    ``refused`` is told when a call is turned away before it begins.
+    """
 
     route: HttpRoute
     open: Open
+    refused: Callable[[MillraceError], None] | None = None
 
 
 class Router:
@@ -138,6 +142,9 @@ class Router:
         try:
             return self._begin(stream, headers, request_id)
         except MillraceError as error:
+            method = self._methods.get(headers[b":path"])
+            if method is not None and method.refused is not None:
+                method.refused(error)
             refuse(stream, headers[b":path"].decode("latin-1"), request_id, error)
             return None
 
@@ -212,27 +219,34 @@ class UnaryCall(_Call):
         What is to be done when the caller gives up before it is answered.
     """
 
-    __slots__ = ("_answer", "_body", "_limits", "on_gone")
+    __slots__ = ("_answer", "_body", "_limits", "_refused", "on_gone")
 
-    def __init__(self, stream: Stream, head: Head, limits: CallLimits, answer: Answer) -> None:
+    def __init__(
+        self, stream: Stream, head: Head, limits: CallLimits, answer: Answer, refused: Callable[[MillraceError], None] | None
+    ) -> None:
         super().__init__(stream, head)
         self._limits = limits
         self._answer = answer
+        self._refused = refused
         self._body: bytearray | None = None
         self.on_gone: Callable[[], None] | None = None
 
     def data(self, chunk: bytes, is_last: bool) -> None:
         try:
             body = self._gathered(chunk, is_last)
-            if body is not None:
-                self._answer(self, framing.only_message(body, self.head.encoding, self._limits.message_bytes))
+            if body is None:
+                return
+            message = framing.only_message(body, self.head.encoding, self._limits.message_bytes)
+        except MillraceError as error:
+            self._refuse(error)
+            return
+        try:
+            self._answer(self, message)
         except MillraceError as error:
             self.fail(error)
-            self._release()
         except Exception:
             log.exception("a bug: %s failed", self.head.path)
             self.fail(InternalError("something went wrong in the gateway; its log tells more under this request's x-request-id"))
-            self._release()
 
     def _gathered(self, chunk: bytes, is_last: bool) -> bytes | bytearray | None:
         """The whole body once it is there."""
@@ -256,7 +270,12 @@ class UnaryCall(_Call):
 
     def expire(self, error: DeadlineExceededError) -> None:
         """Give up on a request that does not become complete."""
+        self._refuse(error)
+
+    def _refuse(self, error: MillraceError) -> None:
         self._release()
+        if self._refused is not None:
+            self._refused(error)
         self.fail(error)
 
     def drained(self) -> None:
@@ -399,9 +418,9 @@ class StreamCall(_Call):
         self._body = bytearray()
 
 
-def unary(answer: Answer) -> Open:
-    """What begins a call with one message, answered by a callback."""
-    return lambda stream, head, limits: UnaryCall(stream, head, limits, answer)
+def unary(answer: Answer, refused: Callable[[MillraceError], None] | None = None) -> Open:
+    """What begins a call with one message, answered by a callback; ``refused`` is told when its message cannot be taken."""
+    return lambda stream, head, limits: UnaryCall(stream, head, limits, answer, refused)
 
 
 def told(answer: Callable[[bytes], Awaitable[bytes]]) -> Open:

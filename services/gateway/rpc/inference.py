@@ -18,7 +18,8 @@ from services.gateway.batching import Pending
 from services.gateway.doors import grpc_oip
 from services.gateway.doors.headers import timeout_ms
 from services.gateway.exchange import Incoming, Outgoing
-from services.gateway.predictions import Ask, Caller, Done, Handler
+from services.gateway.predictions import Ask, Caller, Done, Handler, Protocol
+from services.gateway.refusals import Refused, nobody, reason_of
 from services.gateway.rpc.calls import Head, StreamCall, UnaryCall
 
 SERVICE = "inference.GRPCInferenceService"
@@ -44,19 +45,42 @@ class InferenceService:
     ----------
     told
         Handlers of V2's REST door, by method and route template.
+    refused
+        Is told of predict requests that the data plane does not get to see.
     """
 
-    def __init__(self, dataplane: DataPlane, told: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(self, dataplane: DataPlane, told: Mapping[tuple[str, str], Handler], refused: Refused = nobody) -> None:
         self._dataplane = dataplane
         self._told = told
+        self._refused = refused
+
+    def refuse(self, error: MillraceError, endpoint_name: str = "") -> None:
+        """Count a predict request that was turned away."""
+        self._refused(endpoint_name, Protocol.GRPC, reason_of(error))
+
+    def read(self, message: bytes) -> oip.ModelInferRequest:
+        """A predict request; one that cannot be read is counted, and the error raised."""
+        try:
+            return v2_grpc.read(message)
+        except MillraceError as error:
+            self.refuse(error)
+            raise
+
+    def ask(self, head: Head, request: oip.ModelInferRequest, request_id: str) -> Ask:
+        """What a request asks; one that cannot be asked is counted, and the error raised."""
+        incoming = Incoming({}, head.headers, request_id=request_id)
+        try:
+            return grpc_oip.ask(request, incoming, patience_ms(head, incoming))
+        except MillraceError as error:
+            self.refuse(error, request.model_name)
+            raise
 
     # Predictions
 
     def infer(self, call: UnaryCall, message: bytes) -> None:
         """One prediction."""
         head = call.head
-        incoming = Incoming({}, head.headers, message, request_id=head.request_id)
-        asked = grpc_oip.ask(v2_grpc.read(message), incoming, patience_ms(head, incoming))
+        asked = self.ask(head, self.read(message), head.request_id)
 
         def done(result: Outgoing | MillraceError) -> None:
             call.on_gone = None
@@ -71,7 +95,7 @@ class InferenceService:
 
     def infer_stream(self, call: StreamCall) -> "_InferStream":
         """Many predictions on one stream."""
-        return _InferStream(self._dataplane, call)
+        return _InferStream(self, self._dataplane, call)
 
     # What is told
 
@@ -135,7 +159,8 @@ class InferenceService:
 class _InferStream:
     """The predictions of one stream: asked as they come, answered in that order."""
 
-    def __init__(self, dataplane: DataPlane, call: StreamCall) -> None:
+    def __init__(self, service: InferenceService, dataplane: DataPlane, call: StreamCall) -> None:
+        self._service = service
         self._dataplane = dataplane
         self._call = call
         self._places: deque[_Place] = deque()
@@ -155,9 +180,8 @@ class _InferStream:
         head = self._call.head
         self._count += 1
         request_id = f"{head.request_id}.{self._count}"
-        incoming = Incoming({}, head.headers, message, request_id=request_id)
-        place.request = v2_grpc.read(message)
-        asked = grpc_oip.ask(place.request, incoming, patience_ms(head, incoming))
+        place.request = self._service.read(message)
+        asked = self._service.ask(head, place.request, request_id)
         caller = Caller(request_id, head.principal.name, head.traceparent, len(message))
         place.pending = self._dataplane.submit(asked, caller, lambda result: self._settle(place, result))
 

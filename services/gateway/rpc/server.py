@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from grpc_health.v1 import health_pb2
 
-from libs.errors import ConfigurationError, DeadlineExceededError
+from libs.errors import ConfigurationError, DeadlineExceededError, MillraceError
 from libs.inference.oip_proto import open_inference_pb2
 from services.gateway.access import AccessControl
 from services.gateway.health import Health
 from services.gateway.http.connections import client_key
 from services.gateway.predictions import Handler
+from services.gateway.refusals import Refused, nobody
 from services.gateway.routes import Door, HttpRoute, Permission
 from services.gateway.rpc import health, inference, reflection
 from services.gateway.rpc.calls import Budget, CallLimits, Method, Open, Router, UnaryCall, streaming, told, unary
@@ -29,15 +30,17 @@ _SWEEP_S = 1.0
 _BACKLOG = 1024
 
 
-def methods(dataplane: DataPlane, told_by_rest: Mapping[tuple[str, str], Handler], state: Health) -> list[Method]:
+def methods(
+    dataplane: DataPlane, told_by_rest: Mapping[tuple[str, str], Handler], state: Health, refused: Refused = nobody
+) -> list[Method]:
     """Every method of the gRPC door, with the permission that a caller needs for it; None: it is public."""
-    service = InferenceService(dataplane, told_by_rest)
+    service = InferenceService(dataplane, told_by_rest, refused)
     healthy = HealthService(state, (inference.SERVICE,))
     reflected = Reflection((open_inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR))
     predict = Permission.PREDICT
     return [
-        _method(inference.SERVICE, "ModelInfer", predict, unary(service.infer)),
-        _method(inference.SERVICE, "ModelStreamInfer", predict, streaming(service.infer_stream)),
+        _method(inference.SERVICE, "ModelInfer", predict, unary(service.infer, service.refuse), service.refuse),
+        _method(inference.SERVICE, "ModelStreamInfer", predict, streaming(service.infer_stream), service.refuse),
         _method(inference.SERVICE, "ServerLive", None, told(service.server_live)),
         _method(inference.SERVICE, "ServerReady", None, told(service.server_ready)),
         _method(inference.SERVICE, "ServerMetadata", predict, told(service.server_metadata)),
@@ -52,8 +55,10 @@ def methods(dataplane: DataPlane, told_by_rest: Mapping[tuple[str, str], Handler
     ]
 
 
-def _method(service: str, name: str, permission: Permission | None, begin: Open) -> Method:
-    return Method(HttpRoute("POST", f"/{service}/{name}", permission, Door.PLAIN), begin)
+def _method(
+    service: str, name: str, permission: Permission | None, begin: Open, refused: Callable[[MillraceError], None] | None = None
+) -> Method:
+    return Method(HttpRoute("POST", f"/{service}/{name}", permission, Door.PLAIN), begin, refused)
 
 
 class GrpcServer:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 
 import pytest
 
@@ -101,7 +102,7 @@ async def test_a_version_without_its_artifact_is_refused(world):
         ),
         ("POST", "/api/v1/models/m/versions", {"artifact": ARTIFACT, "format": "exe"}, "format"),
         ("POST", "/api/v1/models/m/versions", {"artifact": ARTIFACT, "example": {"rows": []}}, "exactly one of 'instances'"),
-        ("POST", "/api/v1/models/m/versions", [], "the body"),
+        ("POST", "/api/v1/models/m/versions", [], "must be a JSON object"),
         ("POST", "/api/v1/endpoints", {"name": "a/b"}, "name 'a/b' is not valid: 1 to 63 letters"),
         ("POST", "/api/v1/endpoints", {"name": "a" * 300}, "1 to 63 letters"),
         ("POST", "/api/v1/endpoints", {"name": "é"}, "1 to 63 letters"),
