@@ -2,7 +2,7 @@
 
     python -m benchmarks.streaming [--records 100000] [--rounds 3]
 
-It starts its own Kafka in a temporary home. In each round, on the same topics' shape and with the same four numbers of an iris flower in each
+It starts its own Kafka in a temporary home. In each round, on topics of the same shape and with the four numbers of an iris flower in each
 record: a bare consume–produce loop by aiokafka with transactions, which does nothing with what it reads; the streaming service with a real
 runner in its cage, for each form of a body; and MLServer's Kafka transport (neither transactions nor offsets) with the same model. Load is
 written by a client in C while the service under test reads; a record counts when a ``read_committed`` reader has its result. Low load is 50

@@ -298,7 +298,10 @@ class DataPlane:
 
     def _take(self, lane: Lane, batch: Batch, answer: InferResponse | MillraceError) -> None:
         batch.answered_s = monotonic()
-        lane.returned(batch, batch.answered_s - batch.sent_s)
+        if isinstance(answer, RunnerGoneError | NotReadyError | DeadlineExceededError):
+            lane.release(batch.replica)  # says nothing of how long batches take
+        else:
+            lane.returned(batch, batch.answered_s - batch.sent_s)
         if isinstance(answer, RunnerGoneError | NotReadyError):
             lane.lose(batch.replica)
             self._probe(batch.replica)
@@ -345,8 +348,8 @@ class DataPlane:
         if isinstance(error, RunnerGoneError | NotReadyError):
             self._try_again(lane, batch, error)
         elif len(batch.members) > 1 and isinstance(error, InvalidInputError | ModelError):
-            # One of them is to blame; asked alone, it fails alone.
-            self._ask_alone(lane, batch)
+            # One of them is to blame; half by half it is found, and fails alone.
+            self._ask_by_halves(lane, batch)
         else:
             outcome = Outcome.EXPIRED if isinstance(error, DeadlineExceededError) else Outcome.FAILED
             for pending in batch.members:
@@ -359,6 +362,18 @@ class DataPlane:
             pending.attempts -= 1
         self._queue_again(lane, waiting)
         self._flush(lane, "alone")
+
+    def _ask_by_halves(self, lane: Lane, batch: Batch) -> None:
+        """Ask each half again by itself: one bad request costs its neighbours a few batches, not one for each of them."""
+        waiting = [pending for pending in batch.members if not pending.is_over]
+        middle = (len(waiting) + 1) // 2
+        for half in (waiting[:middle], waiting[middle:]):
+            key = object()
+            for pending in half:
+                pending.is_alone, pending.key = len(half) == 1, key
+                pending.attempts -= 1
+        self._queue_again(lane, waiting)
+        self._flush(lane, "returned")
 
     def _try_again(self, lane: Lane, batch: Batch, error: MillraceError) -> None:
         again: list[Pending] = []

@@ -62,7 +62,7 @@ PATIENCE_S = 2.0
 """The broker counts as away when it has had a record for so long without acknowledging it."""
 
 _SEND_BYTES = 4_000_000
-_STOP_S = 5.0
+_STOP_S = 3.0
 
 Rows = npt.NDArray[Any]
 

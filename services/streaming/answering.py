@@ -26,6 +26,7 @@ from libs.messaging.dead_letter import dead_letter
 from libs.messaging.retry import Retry, keep_trying
 from libs.metrics import Metrics
 from libs.metrics.definitions import STREAM_BATCH_RECORDS
+from libs.runner.wire import Arrays
 from schemas.registry import Replica
 from schemas.topics import inference_requests
 from services.streaming import spans
@@ -181,7 +182,7 @@ class Answerer:
             route = self._state.route(self._endpoint_name, item.request.chance)
             routes[route.deployment_id] = route
             grouping.add(item, route, is_alone=route.deployment_id in self._uneven)
-            rows += len(item.document["instances"]) if item.is_plain else 1  # type: ignore[index]
+            rows += item.rows
         replicas = max(len(route.replicas) for route in routes.values())
         pace = min(self._pace(route).rows for route in routes.values())
         batches = grouping.batches(min(pace, max(_FEW_ROWS, math.ceil(rows / replicas))))
@@ -248,7 +249,7 @@ class Answerer:
     async def _complete(self, batch: Batch, response: InferResponse, turn: "_Turn") -> None:
         items = batch.items
         try:
-            parts = split(response.outputs, batch.counts) if len(items) > 1 else [response.outputs]
+            parts = _parts(batch, response)
         except UnevenBatchError as error:
             log.warning("%s: %s; its records are asked one at a time from now on", batch.route.deployment_id, error)
             self._uneven.add(batch.route.deployment_id)
@@ -318,6 +319,13 @@ class Answerer:
 
     async def _keep_trying(self, action: Callable[[], Awaitable[T]]) -> T:
         return await keep_trying(action, self._parts.retry, self._stopping)
+
+
+def _parts(batch: Batch, response: InferResponse) -> Sequence[Arrays]:
+    """The outputs of each request; of requests in rows, whose answers are cut out later, only made sure that they can be."""
+    if len(batch.items) == 1:
+        return [response.outputs]
+    return split(response.outputs, [batch.rows] if batch.items[0].is_rows else batch.counts)
 
 
 class _Turn:

@@ -31,20 +31,23 @@ class Item:
         The JSON body; None for other forms.
     asked
         The tensors, once they had to be made for this request by itself.
+    is_plain
+        Whether it has rows and asks nothing besides: such requests are made to tensors all at once.
     rows
-        How many rows ``asked`` has.
+        How many rows it has, once that is known.
     lost
         Runners that were lost while they were asked this among others, or this alone.
     written
         What goes out for it: its result, and the dead letter of a failed one.
     """
 
-    __slots__ = ("asked", "document", "lost", "outcome", "request", "rows", "span", "written")
+    __slots__ = ("asked", "document", "is_plain", "lost", "outcome", "request", "rows", "span", "written")
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.document: dict[str, Any] | None = None
         self.asked: InferRequest | None = None
+        self.is_plain = False
         self.rows = 1
         self.lost = 0
         self.outcome = "completed"
@@ -56,19 +59,15 @@ class Item:
         """Whether it is answered in rows."""
         return self.request.form is Form.ROWS
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has rows and asks nothing besides: such requests are made to tensors all at once."""
-        document = self.document
-        if document is None or len(document) != 1:
-            return False
-        instances = document.get("instances")
-        return type(instances) is list and bool(instances)
-
     def read(self) -> None:
         """Find out which form the body has; raises ``InvalidMessage``."""
-        if self.request.form in (None, Form.ROWS, Form.TENSORS):
-            self.document = self.request.document()
+        if self.request.form is not None:
+            return
+        self.document = document = self.request.document()
+        if len(document) == 1:
+            instances = document.get("instances")
+            if type(instances) is list and instances:
+                self.is_plain, self.rows = True, len(instances)
 
     def parse(self, signature: Signature) -> InferRequest:
         """Tensors for a signature; raises ``InvalidMessage`` or ``InvalidInputError``."""
@@ -161,7 +160,7 @@ class Grouping:
         """Batches of at most ``limit`` rows, or of one request that has more."""
         found: list[Batch] = []
         for route, items in list(self._plain.values()):
-            counts = [len(item.document["instances"]) for item in items]  # type: ignore[index]
+            counts = [item.rows for item in items]
             for some, some_counts in _cut(items, counts, limit):
                 found += self._joined(route, some, some_counts)
         for route, items in self._parsed.values():

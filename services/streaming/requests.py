@@ -34,17 +34,18 @@ REFERENCE = "sha256:"
 
 PROTOBUF = frozenset(
     {
-        v2_grpc.CONTENT_TYPE,
-        "application/x-protobuf",
-        "application/protobuf",
-        "application/vnd.google.protobuf",
-        "application/grpc+proto",
-        "application/grpc",
+        v2_grpc.CONTENT_TYPE.encode(),
+        b"application/x-protobuf",
+        b"application/protobuf",
+        b"application/vnd.google.protobuf",
+        b"application/grpc+proto",
+        b"application/grpc",
     }
 )
 """Content types of a ``ModelInferRequest``."""
 
 _HEAD_LENGTH = "inference-header-content-length"
+_JSON = b"application/json"
 _RESULT_NAMESPACE = uuid.UUID("6d696c6c-7261-4365-8000-726573756c74").bytes
 _VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 
@@ -63,12 +64,14 @@ class Request:
 
     Attributes
     ----------
-    id
+    id, id_bytes
         The CloudEvent's id, else the key, else the record's place in the log.
     result_id
         UUIDv5 of the event's source and id, or of the record's place: the same whenever the request is answered.
     chance
         A number in [0, 1) that follows from the same, by which a traffic split chooses: a repeat is answered by the same version.
+    form
+        None until JSON has been looked into.
     dataref
         Where the body is, if it is not in the record.
     """
@@ -78,11 +81,12 @@ class Request:
         "_head_length",
         "chance",
         "content_type",
-        "correlation_id",
+        "correlation_bytes",
         "dataref",
         "endpoint_name",
         "form",
         "id",
+        "id_bytes",
         "result_id",
         "taken",
         "traceparent",
@@ -91,25 +95,30 @@ class Request:
     def __init__(self, taken: Taken, topic: str, endpoint_name: str) -> None:
         self.taken = taken
         self.endpoint_name = endpoint_name
-        envelope, self._data = _envelope(taken)
+        headers = taken.headers
+        # The first of a name counts.
+        envelope: dict[str, bytes | None] = dict(reversed(headers)) if headers else {}
+        self._data: Any = None
+        identity = envelope.get("ce_id")
+        if identity is None and taken.value and b"specversion" in taken.value:
+            self._data = _structured(taken.value, envelope)
+            identity = envelope.get("ce_id")
         self.content_type = content_type = envelope.get("content-type")
-        self.form: Form | None = None
-        self._head_length: str | None = None
-        if content_type is not None and content_type.partition(";")[0].strip().lower() in PROTOBUF:
-            self.form = Form.PROTOBUF
-        elif _HEAD_LENGTH in envelope:
-            self.form, self._head_length = Form.BINARY, envelope[_HEAD_LENGTH]
-        self.dataref = envelope.get("dataref")
-        traceparent = envelope.get("traceparent")
-        self.traceparent = None if traceparent is None else telemetry.checked_traceparent(traceparent)
-        event_id = _usable(envelope.get("id"))
-        if event_id is not None:
-            self.id = event_id
-            cause = f"{envelope.get('source') or ''}\n{event_id}"
+        self._head_length = envelope.get(_HEAD_LENGTH)
+        self.form = None if content_type == _JSON and self._head_length is None else _form(content_type, self._head_length)
+        self.dataref = _text(envelope.get("ce_dataref"))
+        self.traceparent = telemetry.checked_traceparent(_text(envelope.get("traceparent")))
+        event_id = _usable(identity)
+        if event_id is not None and identity is not None:
+            self.id, self.id_bytes = event_id, identity
+            cause = b"%b\n%b" % (envelope.get("ce_source") or b"", identity)
         else:
-            cause = f"{topic}-{taken.partition}-{taken.offset}"
-            self.id = _usable(taken.key.decode("utf-8", "replace") if taken.key else None) or cause
-        self.correlation_id = _usable(envelope.get("correlationid")) or self.id
+            place = f"{topic}-{taken.partition}-{taken.offset}"
+            cause = place.encode()
+            self.id = _key(taken.key) or place
+            self.id_bytes = self.id.encode()
+        correlation = envelope.get("ce_correlationid")
+        self.correlation_bytes = self.id_bytes if correlation is None or _usable(correlation) is None else correlation
         self.result_id, self.chance = _derived(cause)
 
     @property
@@ -163,19 +172,26 @@ class Request:
         if self.form is Form.PROTOBUF:
             return v2_grpc.parse(value, signature)
         if self._head_length is None or not self._head_length.isdigit() or len(self._head_length) > 10:
-            raise InvalidMessage(f"the header {_HEAD_LENGTH} must be a number of bytes, got {(self._head_length or '')[:40]!r}")
+            raise InvalidMessage(f"the header {_HEAD_LENGTH} must be a number of bytes, got {_text(self._head_length)!r}"[:200])
         return v2.parse(value, signature, int(self._head_length))
 
 
 def result_id(cause: str) -> str:
     """The id of the result of what ``cause`` names: ``uuid.uuid5``, in a quarter of its time."""
-    return _derived(cause)[0]
+    return _derived(cause.encode())[0]
 
 
-def _derived(cause: str) -> tuple[str, float]:
-    digest = hashlib.sha1(_RESULT_NAMESPACE + cause.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
+def _derived(cause: bytes) -> tuple[str, float]:
+    digest = hashlib.sha1(_RESULT_NAMESPACE + cause, usedforsecurity=False).hexdigest()
     identity = f"{digest[:8]}-{digest[8:12]}-5{digest[13:16]}-{_VARIANT[digest[16]]}{digest[17:20]}-{digest[20:32]}"
     return identity, int(digest[32:], 16) / 2**32
+
+
+def _form(content_type: bytes | None, head_length: bytes | None) -> Form | None:
+    """What the headers say of the form; None: it is JSON."""
+    if content_type is not None and content_type.partition(b";")[0].strip().lower() in PROTOBUF:
+        return Form.PROTOBUF
+    return None if head_length is None else Form.BINARY
 
 
 def _is_v2(document: Mapping[str, Any]) -> bool:
@@ -185,56 +201,53 @@ def _is_v2(document: Mapping[str, Any]) -> bool:
     return isinstance(inputs, list) and bool(inputs) and isinstance(inputs[0], dict) and "datatype" in inputs[0]
 
 
-def _envelope(taken: Taken) -> tuple[dict[str, str], Any]:
-    """The attributes of a CloudEvent with the headers that matter, and its data in structured mode."""
-    found: dict[str, str] = {}
-    is_event = False
-    for name, value in taken.headers:
-        attribute = _WANTED.get(name)
-        if attribute is not None and value is not None and attribute not in found:
-            text = _text(value)
-            if text is not None:
-                found[attribute] = text
-                is_event = is_event or name == "ce_id"
-    if is_event or not taken.value or b"specversion" not in taken.value:
-        return found, None
-    return _structured(taken.value, found)
-
-
-_WANTED = {
-    **{f"ce_{name}": name for name in ("id", "source", "correlationid", "dataref")},
-    "traceparent": "traceparent",
-    "content-type": "content-type",
-    _HEAD_LENGTH: _HEAD_LENGTH,
-}
-
-
-def _structured(value: bytes, headers: dict[str, str]) -> tuple[dict[str, str], Any]:
+def _structured(value: bytes, envelope: dict[str, bytes | None]) -> Any:
+    """The data of a structured event, whose attributes are put into the envelope; None if the record is none."""
     try:
         event = orjson.loads(value)
     except orjson.JSONDecodeError:
-        return headers, None
+        return None
     if not isinstance(event, dict) or not isinstance(event.get("specversion"), str) or "type" not in event:
-        return headers, None
-    found = {name: text for name in ("id", "source", "correlationid", "dataref", "traceparent") if isinstance(text := event.get(name), str)}
-    found.update({name: text for name, text in headers.items() if name in ("traceparent", _HEAD_LENGTH)})
-    if isinstance(content_type := event.get("datacontenttype"), str):
-        found["content-type"] = content_type
+        return None
+    for name, attribute in _ATTRIBUTES.items():
+        if isinstance(text := event.get(attribute), str):
+            envelope[name] = text.encode()
+    if isinstance(text := event.get("traceparent"), str):
+        envelope.setdefault("traceparent", text.encode())
     encoded = event.get("data_base64")
     if not isinstance(encoded, str):
-        return found, event.get("data") or b""
+        return event.get("data") or b""
     try:
-        return found, base64.b64decode(encoded, validate=True)
+        return base64.b64decode(encoded, validate=True)
     except binascii.Error:
-        return found, "not base64"
+        return "not base64"
 
 
-def _text(value: bytes) -> str | None:
+_ATTRIBUTES = {
+    "ce_id": "id",
+    "ce_source": "source",
+    "ce_correlationid": "correlationid",
+    "ce_dataref": "dataref",
+    "content-type": "datacontenttype",
+}
+"""Headers of the binary mode -> attributes of the structured one."""
+
+
+def _text(value: bytes | None) -> str | None:
+    if value is None:
+        return None
     try:
         return value.decode()
     except UnicodeDecodeError:
         return None
 
 
-def _usable(identity: str | None) -> str | None:
-    return identity if identity and len(identity) <= cloudevents.MAX_ATTRIBUTE_CHARS else None
+def _usable(value: bytes | None) -> str | None:
+    """The text of an id, if there is one and it is not too long to travel on."""
+    text = _text(value) if value else None
+    return text if text is not None and len(text) <= cloudevents.MAX_ATTRIBUTE_CHARS else None
+
+
+def _key(key: bytes | None) -> str | None:
+    text = key.decode("utf-8", "replace") if key else ""
+    return text if 0 < len(text) <= cloudevents.MAX_ATTRIBUTE_CHARS else None

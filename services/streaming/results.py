@@ -31,7 +31,7 @@ MAX_KEY_BYTES = 4096
 MAX_VALUE_BYTES = MAX_RECORD_BYTES - 32 * 1024
 """A larger body goes to the artifact store; the rest is for key and headers, whose attributes are bounded."""
 
-_JSON = "application/json"
+_JSON = b"application/json"
 
 
 class ResultWriter:
@@ -77,10 +77,10 @@ class ResultWriter:
         version = str(route.version)
         if request.form is Form.PROTOBUF:
             value = v2_grpc.render(response, asked, route.model_name, version)
-            return self._given(request, self._head(COMPLETED, request.content_type or v2_grpc.CONTENT_TYPE), value)
+            return self._given(request, self._head(COMPLETED, request.content_type or v2_grpc.CONTENT_TYPE.encode()), value)
         value, head_length = v2.render(response, asked, route.model_name, version)
         if head_length is not None:
-            head = self._head(COMPLETED, "application/octet-stream")
+            head = self._head(COMPLETED, b"application/octet-stream")
             return self._given(request, [*head, ("inference-header-content-length", b"%d" % head_length)], value)
         beginning = {"request_id": request.id, "endpoint_name": request.endpoint_name, "status": "completed"}
         return self._given(request, self._completed, orjson.dumps(beginning)[:-1] + b"," + value[1:])
@@ -99,22 +99,20 @@ class ResultWriter:
         """The same result with its body in the artifact store."""
         return result._replace(value=b"", headers=[*result.headers, ("ce_dataref", f"{REFERENCE}{sha256}".encode())])
 
-    def _head(self, event_type: str, content_type: str) -> list[Header]:
-        return [("content-type", content_type.encode()), *self._common, ("ce_type", event_type.encode())]
+    def _head(self, event_type: str, content_type: bytes) -> list[Header]:
+        return [("content-type", content_type), *self._common, ("ce_type", event_type.encode())]
 
     def _given(self, request: Request, head: Sequence[Header], value: bytes) -> Given:
-        identity = request.id.encode("utf-8", "replace")
-        correlation = identity if request.correlation_id is request.id else request.correlation_id.encode("utf-8", "replace")
-        headers = [
+        headers: list[Header] = [
             *head,
             ("ce_id", request.result_id.encode()),
-            ("ce_correlationid", correlation),
-            ("ce_causationid", identity),
+            ("ce_correlationid", request.correlation_bytes),
+            ("ce_causationid", request.id_bytes),
         ]
         if request.traceparent is not None:
             headers.append(("traceparent", request.traceparent.encode()))
         key = request.taken.key
-        return Given(self._topic, key if key and len(key) <= MAX_KEY_BYTES else identity, value, headers)
+        return Given(self._topic, key if key and len(key) <= MAX_KEY_BYTES else request.id_bytes, value, headers)
 
 
 def _as_list(predictions: Any) -> Any:

@@ -40,6 +40,10 @@ PATIENCE_S = 1.0
 """A stage that is not rid of a chunk after so long pauses the partitions, so that the consumer can be polled and stays in its group."""
 
 LAG_INTERVAL_S = 5.0
+
+_ANSWERED_CHUNKS = 4
+"""Chunks that may wait for the transaction before theirs; they share the next. What a transaction costs hardly depends on its size."""
+
 _LOWEST_LIMIT_BYTES = 64 * 1024
 
 CreateTopics = Callable[[Sequence[Topic]], Awaitable[None]]
@@ -178,7 +182,7 @@ class Stream:
         await keep_trying(lambda: self._parts.create_topics(self._topics), retry, self._stopping)
         stream_log = self._parts.logs(self._endpoint_name)
         taken: asyncio.Queue[_Read | None] = asyncio.Queue(maxsize=1)
-        answered: asyncio.Queue[_Answered | None] = asyncio.Queue(maxsize=1)
+        answered: asyncio.Queue[_Answered | None] = asyncio.Queue(maxsize=_ANSWERED_CHUNKS)
         try:
             await stream_log.open()
             log.info("streaming %s", self._requests)

@@ -6,6 +6,8 @@ iris
     scikit-learn, four floats in a row, two replicas
 mixed
     ONNX, inputs and outputs of FP32, INT64, BOOL and BYTES
+join
+    ONNX, adds two inputs, row by row
 slow
     sleeps as many seconds as the first of a row's three numbers says, and gives their sum
 """
@@ -27,6 +29,7 @@ import httpx
 import joblib
 import psutil
 import uvloop
+from onnx import TensorProto, helper
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
@@ -68,9 +71,19 @@ async def serve(folder: Path) -> None:
         (folder / "mixed.onnx").write_bytes(mixed_graph())
         await deploy(stack, world, "iris", folder / "iris.joblib", "sklearn", replicas=2)
         await deploy(stack, world, "mixed", folder / "mixed.onnx", "onnx")
+        (folder / "join.onnx").write_bytes(join_graph())
+        await deploy(stack, world, "join", folder / "join.onnx", "onnx")
         await deploy(stack, world, "slow", model("lambda X: (__import__('time').sleep(X[0][0]), X.sum(1))[1]"), "sklearn")
         print(world.gateway.server.port, flush=True)
         await stopping.wait()
+
+
+def join_graph() -> bytes:
+    """A graph whose inputs need as many rows as each other."""
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, [None]) for name in names] for names in ("ab", "c"))
+    graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "join", inputs, outputs)
+    content: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    return content
 
 
 async def deploy(stack: AsyncExitStack, world: World, name: str, artifact: Any, format_name: str, replicas: int = 1) -> None:

@@ -85,7 +85,7 @@ async def service(name: str, kafka: KafkaSettings, home: Path, **variables: str)
     finally:
         if process.returncode is None:
             process.terminate()
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(40):
                 await process.wait()
 
 

@@ -368,6 +368,15 @@ async def test_v2_documents_that_make_no_sense_are_refused(gateway, changes, say
     await assert_refused(gateway, MIXED, {**mixed(), **changes}, 400, says)
 
 
+async def test_inputs_that_do_not_fit_each_other_are_refused(gateway):
+    def inputs(a: int, b: int) -> dict[str, Any]:
+        return {"inputs": [{"name": name, "shape": [n], "datatype": "FP32", "data": [1] * n} for name, n in (("a", a), ("b", b))]}
+
+    await assert_refused(gateway, "/v2/models/join/infer", inputs(2, 3), 400, "how many rows")
+    answer = await post(gateway, "/v2/models/join/infer", inputs(3, 3))
+    assert answer.json()["outputs"][0]["data"] == [2.0, 2.0, 2.0]
+
+
 FLOATS = np.array([1.5, 2.5], "<f4").tobytes()
 BINARY = {
     "a negative size": (*binary("wide", FLOATS, -8), "announces -8"),
@@ -580,7 +589,7 @@ HTTP = {
     "a very long head": (request(V1, PLAIN, {f"x-{number}": "1" * 1_000 for number in range(50)}), 431),
     "a very long path": (request("/" + "a" * 9_000, method="GET"), 414),
     "a very long query": (request("/v2?" + "a" * 9_000, method="GET"), 414),
-    "a body with GET": (request("/v2", b"hello", method="GET"), 413),
+    "a large body with GET": (request("/v2", b"hello" * 50_000, method="GET"), 413),
     "spaces in the target": (b"GET /v1/models/a b HTTP/1.1\r\nhost: localhost\r\n\r\n", 400),
     "a fragment": (b"GET /v2#top HTTP/1.1\r\nhost: localhost\r\n\r\n", 400),
     "bytes beyond ascii in the target": (b"GET /v1/models/\xc3\xbc HTTP/1.1\r\nhost: localhost\r\n\r\n", 400),

@@ -1,7 +1,7 @@
 """The data plane against a pool of runners that answer when they are told to."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +60,11 @@ class Pool:
 
     def send(self, route: Route, replica: Replica, inputs: Any, outputs: Any, _: Any, done: Any, *, timeout_s: float) -> None:
         self.asked.append(Asked(replica, inputs, outputs, done, timeout_s))
+
+    def each_after(self, index: int) -> Iterator[Asked]:
+        """Each batch as it comes."""
+        while (index := index + 1) < len(self.asked):
+            yield self.asked[index]
 
     async def ping(self, _: Replica, *, timeout_s: float) -> float:
         await self.pinged.wait()
@@ -230,12 +235,22 @@ async def test_a_bad_request_fails_alone_and_its_neighbours_are_answered(bench, 
         bench.ask((number, 0))
     await turn()
     bench.pool.asked[0].answer(error)
-    for index in range(1, 4):
-        asked = bench.pool.asked[index]
-        asked.answer(error if asked.rows == [2] else None)
+    for asked in bench.pool.each_after(0):
+        asked.answer(error if 2 in asked.rows else None)
     assert bench.answers() == {"1": "[1.0]", "3": "[3.0]"}
     assert bench.errors() == {"2": type(error)}
     assert bench.recorder.ends() == {"1": ["completed"], "2": ["failed"], "3": ["completed"]}
+
+
+async def test_one_bad_request_costs_its_many_neighbours_few_batches(bench):
+    for number in range(1, 101):
+        bench.ask((number, 0))
+    await turn()
+    bench.pool.asked[0].answer(ModelError("raised"))
+    for asked in bench.pool.each_after(0):
+        asked.answer(ModelError("raised") if 42 in asked.rows else None)
+    assert (len(bench.answers()), bench.errors()) == (99, {"42": ModelError})
+    assert len(bench.pool.asked) <= 1 + 2 * 7
 
 
 async def test_a_model_that_mixes_rows_is_asked_one_at_a_time_from_then_on(bench):
@@ -541,6 +556,14 @@ async def test_a_replica_that_is_lost_again_when_it_is_found_is_looked_for_again
             await asyncio.sleep(0)
     bench.pool.asked[2].answer()
     assert len(bench.answers()) == 1
+
+
+@pytest.mark.parametrize("error", [RunnerGoneError("gone"), DeadlineExceededError("late"), NotReadyError("whose key?")])
+async def test_a_batch_that_was_not_answered_says_nothing_of_how_long_batches_take(bench, error):
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.asked[0].answer(error)
+    assert bench.plane.lanes["sums.sums.1"].pace.seconds(100) == 0
 
 
 async def test_a_stopped_data_plane_looks_for_no_replica(bench):

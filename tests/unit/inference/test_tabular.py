@@ -206,7 +206,7 @@ def test_instances_and_inputs_are_v1s_and_params_name_outputs():
         (b'{"dataframe_split": {"data": [[1, 2, 3]]}, "params": 3}', "'params' must be a JSON object"),
         (b'{"dataframe_split": {"data": [[1, 2, 3]]}, "params": {"outputs": ["x"]}}', "no output 'x'"),
         (b'{"instances": [[1, 2, NaN]], "id": "\\ud800"}', "surrogates not allowed"),
-        (b'{"instances": [[1, 2, ' + b"9" * 5_000 + b"]], \"NaN\": 1}", "not valid JSON"),
+        (b'{"instances": [[1, 2, ' + b"9" * 5_000 + b']], "NaN": 1}', "not valid JSON"),
         (b'{"instances": ' + b"[" * 100_000 + b"NaN", "not valid JSON"),
     ],
 )
