@@ -199,7 +199,6 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     out["shape"] = told(lambda: client.infer("iris", [tensor(rows[:, :3])]))
     out["output"] = told(lambda: client.infer("iris", [tensor()], outputs=[triton.InferRequestedOutput("x")]))
     out["config"] = told(lambda: client.get_model_config("iris"))
-    out["late"] = told(lambda: client.infer("iris", [tensor()], client_timeout=0.000001))
     """,
     )
     assert out["live"] == out["ready"] == [True, True]
@@ -208,14 +207,13 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     assert out["model"]["inputs"] == [{"name": "input", "datatype": "FP64", "shape": ["-1", "4"]}]
     assert out["model"]["versions"] == ["1"]
     assert [(entry["name"], entry["state"]) for entry in out["index"]["models"]] == [("iris", "READY"), ("spam", "READY")]
-    statuses = {name: out[name][0].removeprefix("StatusCode.") for name in ("load", "unload", "unknown", "version", "config", "late")}
+    statuses = {name: out[name][0].removeprefix("StatusCode.") for name in ("load", "unload", "unknown", "version", "config")}
     assert statuses == {
         "load": "NOT_FOUND",
         "unload": "FAILED_PRECONDITION",
         "unknown": "NOT_FOUND",
         "version": "NOT_FOUND",
         "config": "UNIMPLEMENTED",
-        "late": "DEADLINE_EXCEEDED",
     }
     assert [out[name][0] for name in ("name", "shape", "output")] == ["StatusCode.INVALID_ARGUMENT"] * 3
     assert out["shape"][1] == "input 'input' expects shape [-1, 4], got [50, 3]"

@@ -677,14 +677,45 @@ async def test_no_method_on_any_route_is_an_accident(gateway):
 
 
 async def test_informational_routes_pass_bodies_and_queries_over_or_refuse_them(gateway):
-    for route in ROUTES:
-        if route.door is not Door.PLAIN:
-            continue
-        path = path_of(route.template)
-        for body in (b"\xff\x00{", b'{"ready": 3}', b"[" * 10_000):
-            answer = await ask(gateway, request(f"{path}?a=%ff&b[]=1&%00", body if route.method == "POST" else b"", method=route.method))
-            assert answer.status in (200, 400, 404, 409), (path, answer)
-            assert b'"detail"' not in answer.body
+    bodies = (b"\xff\x00{", b'{"ready": 3}', b"[" * 10_000)
+    plain = [(route.method, path_of(route.template)) for route in ROUTES if route.door is Door.PLAIN]
+    asked = [ask(gateway, request(f"{path}?a=%ff&b[]=1&%00", body, method=method)) for method, path in plain for body in bodies]
+    for answer in await asyncio.gather(*asked):
+        assert answer.status in (200, 400, 404, 409), answer
+        assert b'"detail"' not in answer.body
+
+
+async def test_bodies_in_chunks_are_read_as_others_are(gateway):
+    content, headers = binary("wide", FLOATS)[:2]
+    good = [
+        (V1, json.dumps(GOOD).encode(), {}),
+        (MIXED, json.dumps(mixed()).encode(), {}),
+        (MIXED, content, headers),
+        (SCORING, b"5.1,3.5,1.4,0.2\n", {"content_type": "text/csv"}),
+        (SCORING, npy(np.ones((1, 4))), {"content_type": "application/x-npy"}),
+        (f"{PLACE}/iris:rawPredict", gzip.compress(PLAIN), {"content_encoding": "gzip"}),
+    ]
+    for path, body, extra in good:
+        head = request(path, headers={"transfer-encoding": "chunked", **{name.replace("_", "-"): value for name, value in extra.items()}})
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(body[at : at + 7]), body[at : at + 7]) for at in range(0, len(body), 7))
+        answer = await ask(gateway, head.replace(b"content-length: 0\r\n", b"") + chunks + b"0\r\n\r\n")
+        assert answer.status == 200, (path, answer)
+
+
+async def test_asynchronous_requests_that_can_never_be_answered_are_refused_at_once(gateway):
+    later = {"prefer": "respond-async"}
+    await assert_refused(gateway, V1, {"instances": [[1]]}, 400, "4 numbers", **later)
+    await assert_refused(gateway, V1, b"{", 400, "JSON", **later)
+    await assert_refused(gateway, "/v1/models/nobody:predict", GOOD, 404, "nobody", **later)
+    await assert_refused(gateway, V1, GOOD, 400, "webhooks are off", x_millrace_webhook="http://localhost/", **later)
+    for seconds in ("0", "-1", "soon", "9" * 20):
+        await assert_refused(gateway, V1, GOOD, 400, "x-millrace-expires-s", x_millrace_expires_s=seconds, **later)
+    accepted = await post(gateway, V1, GOOD, **later)
+    assert accepted.status == 202
+    async with asyncio.timeout(PATIENCE_S):
+        while (answer := await ask(gateway, request(accepted.json()["result_url"], method="GET"))).status == 202:
+            await asyncio.sleep(0.05)
+    assert (answer.status, answer.json()) == (200, {"predictions": [0]})
 
 
 async def test_a_thousand_pipelined_requests_are_answered_in_order_bad_ones_too(gateway):
@@ -839,6 +870,24 @@ HEADERS = st.fixed_dictionaries(
         "ce-specversion": st.sampled_from(["1.0", "9"]),
     },
 )
+
+
+MANAGEMENT = {
+    "an integer beyond 64 bits": b"9" * 400,
+    "nan": b"NaN",
+    "half a character": b'"\\ud800"',
+    "nested too deeply": b"[" * DEEP + b"]" * DEEP,
+    "given twice": b'{"a": 1, "a": 2}',
+}
+
+
+@pytest.mark.parametrize("case", MANAGEMENT)
+async def test_what_could_not_be_shown_again_does_not_get_into_the_state(gateway, case):
+    path = "/api/v1/models/hostile/versions"
+    artifact = json.dumps((await post(gateway, "/api/v1/artifacts", b"x")).json()).encode()
+    for place in (b'"lineage": {"parameters": {"a": %b}}', b'"example": {"instances": %b}', b'"labels": {"a": %b}'):
+        await assert_refused(gateway, path, b'{"artifact": %b, %b}' % (artifact, place % MANAGEMENT[case]))
+    assert (await ask(gateway, request(path, method="GET"))).status == 404
 
 
 @pytest.mark.parametrize("path", PREDICT)
