@@ -177,6 +177,8 @@ class AsyncPredictions:
         """
         self._dataplane.check(ask)
         now = self._clock()
+        expires_at = now + timedelta(seconds=self._expiry_s(incoming))
+        webhook_url = self._webhooks.checked(incoming.header(WEBHOOK_HEADER))
         accepted = PredictionAccepted(
             operation_id=uuid.uuid4().hex,
             endpoint_name=ask.target.endpoint_name,
@@ -186,8 +188,8 @@ class AsyncPredictions:
             headers={name.decode(): incoming.headers[name].decode("latin-1") for name in _KEPT_HEADERS if name in incoming.headers},
             body=await self._keep(bytes(incoming.body)),
             accepted_at=now,
-            expires_at=now + timedelta(seconds=self._expiry_s(incoming)),
-            webhook_url=self._webhooks.checked(incoming.header(WEBHOOK_HEADER)),
+            expires_at=expires_at,
+            webhook_url=webhook_url,
         )
         event = cloudevents.new_event(accepted, SOURCE, now=now, event_id=accepted.operation_id)
         await self._commander.send(cloudevents.write(event))

@@ -460,9 +460,8 @@ class DataPlane:
             replicas = () if deployment is None else deployment.replicas
             if deployment is None:
                 del self._lanes[deployment_id]
-            if replicas == lane.route.replicas:
-                continue
-            lane.update(replace(lane.route, replicas=replicas))
+            if replicas != lane.route.replicas:
+                lane.update(replace(lane.route, replicas=replicas))
             if not replicas:
                 for pending in lane.clear():
                     self._route_again(pending)
@@ -490,7 +489,7 @@ class DataPlane:
 
     async def _until_found(self, replica: Replica) -> None:
         try:
-            while lanes := [lane for lane in self._lanes.values() if replica in lane.lost]:
+            while self._lanes_without(replica):
                 try:
                     await self._pool.ping(replica, timeout_s=_PING_TIMEOUT_S)
                     break
@@ -499,9 +498,12 @@ class DataPlane:
         finally:
             # Before it is given anything: if it is lost over that, the next probe can begin.
             del self._probes[replica]
-        for lane in lanes:
+        for lane in self._lanes_without(replica):
             lane.find(replica)
             self._flush(lane, "idle")
+
+    def _lanes_without(self, replica: Replica) -> list[Lane]:
+        return [lane for lane in self._lanes.values() if replica in lane.lost]
 
 
 class _RetryBudget:

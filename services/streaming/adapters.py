@@ -124,7 +124,7 @@ class KafkaStreamLog:
                     **self._common(),
                     **transactions,
                     "enable.idempotence": True,
-                    "linger.ms": 0,
+                    "linger.ms": 50,
                     "message.max.bytes": 2 * MAX_RECORD_BYTES,
                     "partitioner": "murmur2_random",
                     "delivery.report.only.error": True,

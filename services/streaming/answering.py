@@ -18,7 +18,7 @@ from libs.errors import DeadlineExceededError, InvalidMessage, MillraceError, No
 from libs.inference.batches import UnevenBatchError, split
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
 from libs.inference.pool import RunnerPool
-from libs.inference.requests import InferResponse
+from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import Route
 from libs.messaging import cloudevents
 from libs.messaging.cloudevents import Clock
@@ -256,11 +256,14 @@ class Answerer:
             for single in batch.parts(1):
                 await self._ask(single, turn)
             return
+        requests = [item.request for item in items]
         if items[0].is_rows:
-            results = turn.writer.rows([item.request for item in items], batch.counts, batch.route, response)
+            results = turn.writer.rows(requests, batch.counts, batch.route, response)
+        elif len(items) > 1 and batch.is_plain:
+            results = turn.writer.outputs(requests, batch.counts, batch.route, response)
         else:
             results = [
-                turn.writer.tensors(item.request, item.asked, batch.route, InferResponse(part))  # type: ignore[arg-type]
+                turn.writer.tensors(item.request, item.asked or InferRequest({}), batch.route, InferResponse(part))
                 for item, part in zip(items, parts, strict=True)
             ]
         for item, result in zip(items, results, strict=True):
@@ -322,10 +325,10 @@ class Answerer:
 
 
 def _parts(batch: Batch, response: InferResponse) -> Sequence[Arrays]:
-    """The outputs of each request; of requests in rows, whose answers are cut out later, only made sure that they can be."""
+    """The outputs of each request; of those whose answers are cut out as they are written, only made sure that they can be."""
     if len(batch.items) == 1:
         return [response.outputs]
-    return split(response.outputs, [batch.rows] if batch.items[0].is_rows else batch.counts)
+    return split(response.outputs, [batch.rows] if batch.is_plain or batch.items[0].is_rows else batch.counts)
 
 
 class _Turn:

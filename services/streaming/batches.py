@@ -1,10 +1,12 @@
 """Requests of one deployment that are asked of a runner at once. No I/O."""
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from libs.errors import InvalidMessage
-from libs.inference import v1
+from libs.inference import v1, v2
 from libs.inference.batches import batch_key as key_of
 from libs.inference.batches import is_batchable, join, row_count
 from libs.inference.errors import InvalidInputError
@@ -32,7 +34,7 @@ class Item:
     asked
         The tensors, once they had to be made for this request by itself.
     is_plain
-        Whether it has rows and asks nothing besides: such requests are made to tensors all at once.
+        Whether it has nothing but rows, or one V2 tensor: such requests are made to tensors all at once.
     rows
         How many rows it has, once that is known.
     lost
@@ -65,9 +67,8 @@ class Item:
             return
         self.document = document = self.request.document()
         if len(document) == 1:
-            instances = document.get("instances")
-            if type(instances) is list and instances:
-                self.is_plain, self.rows = True, len(instances)
+            rows = _plain_rows(document)
+            self.is_plain, self.rows = rows > 0, rows or 1
 
     def parse(self, signature: Signature) -> InferRequest:
         """Tensors for a signature; raises ``InvalidMessage`` or ``InvalidInputError``."""
@@ -76,11 +77,24 @@ class Item:
 
 
 class Batch:
-    """Requests with one route and one shape of a row, as one tensor for each input."""
+    """Requests with one route and one shape of a row, as one tensor for each input.
 
-    __slots__ = ("counts", "inputs", "items", "outputs", "route")
+    ``is_plain``: all of its items are, and were read as one.
+    """
 
-    def __init__(self, route: Route, items: list[Item], counts: list[int], inputs: Arrays, outputs: tuple[str, ...] | None) -> None:
+    __slots__ = ("counts", "inputs", "is_plain", "items", "outputs", "route")
+
+    def __init__(
+        self,
+        route: Route,
+        items: list[Item],
+        counts: list[int],
+        inputs: Arrays,
+        outputs: tuple[str, ...] | None = None,
+        *,
+        is_plain: bool = False,
+    ) -> None:
+        self.is_plain = is_plain
         self.route = route
         self.items = items
         self.counts = counts
@@ -99,7 +113,7 @@ class Batch:
             counts = self.counts[first : first + size]
             end = begin + sum(counts)
             inputs = {name: array[begin:end] for name, array in self.inputs.items()}
-            yield Batch(self.route, self.items[first : first + size], counts, inputs, self.outputs)
+            yield Batch(self.route, self.items[first : first + size], counts, inputs, self.outputs, is_plain=self.is_plain)
             begin = end
 
 
@@ -140,7 +154,7 @@ class Grouping:
 
     def __init__(self) -> None:
         self.failed: list[tuple[Item, InvalidMessage | InvalidInputError]] = []
-        self._plain: dict[str, tuple[Route, list[Item]]] = {}
+        self._plain: dict[Any, tuple[Route, list[Item]]] = {}
         self._parsed: dict[Any, tuple[Route, list[Item]]] = {}
         self._alone: list[Batch] = []
         self._batchable: dict[str, bool] = {}
@@ -152,7 +166,7 @@ class Grouping:
             if asked is not None:
                 self._alone.append(Batch(route, [item], [row_count(asked) or 1], asked.inputs, asked.outputs))
         elif item.is_plain:
-            self._plain.setdefault(route.deployment_id, (route, []))[1].append(item)
+            self._plain.setdefault((route.deployment_id, *_kind(item)), (route, []))[1].append(item)
         else:
             self._add_parsed(item, route)
 
@@ -171,9 +185,9 @@ class Grouping:
 
     def _joined(self, route: Route, items: list[Item], counts: list[int]) -> list[Batch]:
         """Rows of many requests read as those of one, whose elements are independent of each other; if one is wrong, each for itself."""
-        rows = [row for item in items for row in item.document["instances"]]  # type: ignore[index]
         try:
-            return [Batch(route, items, counts, v1.from_document({"instances": rows}, route.signature).inputs, None)]
+            asked = _as_one(items, counts, route.signature)
+            return [Batch(route, items, counts, asked.inputs, is_plain=True)]
         except InvalidInputError:
             for item in items:
                 self._add_parsed(item, route)
@@ -202,6 +216,40 @@ class Grouping:
         except (InvalidMessage, InvalidInputError) as error:
             self.failed.append((item, error))
             return None
+
+
+def _plain_rows(document: dict[str, Any]) -> int:
+    """The rows of a body that has nothing but rows, or one V2 tensor with as many values as its shape says; else 0."""
+    instances = document.get("instances")
+    if type(instances) is list:
+        return len(instances)
+    match document.get("inputs"):
+        case [{"name": str(), "datatype": str(), "shape": [int(rows), *rest], "data": [first, *_] as data} as tensor] if (
+            len(tensor) == 4
+            and type(first) is not list
+            and all(type(size) is int and size > 0 for size in (rows, *rest))
+            and len(data) == rows * math.prod(rest)
+        ):
+            return rows
+    return 0
+
+
+def _kind(item: Item) -> tuple[Any, ...]:
+    """What plain requests must have in common to be read as one."""
+    if item.is_rows:
+        return ()
+    tensor = item.document["inputs"][0]  # type: ignore[index]
+    return (tensor["name"], tensor["datatype"], *tensor["shape"][1:])
+
+
+def _as_one(items: Sequence[Item], counts: Sequence[int], signature: Signature) -> InferRequest:
+    """Plain requests of one kind read as one; raises ``InvalidInputError``."""
+    documents = [item.document for item in items if item.document is not None]
+    if items[0].is_rows:
+        return v1.from_document({"instances": list(chain.from_iterable(document["instances"] for document in documents))}, signature)
+    first = documents[0]["inputs"][0]
+    data = list(chain.from_iterable(document["inputs"][0]["data"] for document in documents))
+    return v2.from_document({"inputs": [{**first, "shape": [sum(counts), *first["shape"][1:]], "data": data}]}, signature)
 
 
 def _cut(items: Sequence[Item], counts: Sequence[int], limit: int) -> Iterator[tuple[list[Item], list[int]]]:

@@ -5,6 +5,7 @@ A result is a CloudEvent in binary mode. Its body has the form of its request: a
 ``InferenceResult`` with ``error``.
 """
 
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -16,7 +17,9 @@ from libs.inference import v1, v2, v2_grpc
 from libs.inference.errors import printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import Route
+from libs.inference.tensors import Array, json_ready
 from libs.messaging.records import MAX_RECORD_BYTES
+from libs.runner.wire import datatype_of
 from schemas.topics import inference_results
 from services.streaming.log import Given, Header
 from services.streaming.requests import REFERENCE, Form, Request
@@ -72,6 +75,23 @@ class ResultWriter:
             results.append(self._given(request, self._completed, value))
         return results
 
+    def outputs(self, requests: Sequence[Request], counts: Sequence[int], route: Route, response: InferResponse) -> list[Given]:
+        """Results of plain V2 requests that were asked together; ``response`` has exactly their rows, in their order."""
+        beginning = b',"endpoint_name":%b,"status":"completed","model_name":%b,"model_version":"%d","outputs":[' % (
+            self._endpoint,
+            orjson.dumps(route.model_name),
+            route.version,
+        )
+        outputs = [_Output(name, array) for name, array in response.outputs.items()]
+        results = []
+        begin = 0
+        for request, count in zip(requests, counts, strict=True):
+            tensors = b",".join([output.rows(begin, count) for output in outputs])
+            begin += count
+            value = b'{"request_id":%b%b%b]}' % (orjson.dumps(request.id), beginning, tensors)
+            results.append(self._given(request, self._completed, value))
+        return results
+
     def tensors(self, request: Request, asked: InferRequest, route: Route, response: InferResponse) -> Given:
         """The result of a request in one of the V2 forms."""
         version = str(route.version)
@@ -113,6 +133,20 @@ class ResultWriter:
             headers.append(("traceparent", request.traceparent.encode()))
         key = request.taken.key
         return Given(self._topic, key if key and len(key) <= MAX_KEY_BYTES else request.id_bytes, value, headers)
+
+
+class _Output:
+    """One output of a batch, from which the rows of each request are written as a V2 tensor."""
+
+    def __init__(self, name: str, array: Array) -> None:
+        self._head = b'{"name":%b,"datatype":"%b","shape":[' % (orjson.dumps(name), datatype_of(array.dtype).encode())
+        self._rest = b"".join(b",%d" % size for size in array.shape[1:])
+        self._width = math.prod(array.shape[1:])
+        self._values = _as_list(json_ready(array.reshape(-1)))
+
+    def rows(self, begin: int, count: int) -> bytes:
+        values = self._values[begin * self._width : (begin + count) * self._width]
+        return b'%b%d%b],"data":%b}' % (self._head, count, self._rest, orjson.dumps(values))
 
 
 def _as_list(predictions: Any) -> Any:

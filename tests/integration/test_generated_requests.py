@@ -98,7 +98,7 @@ def test_generated_requests_are_answered_as_the_document_says(gateway, operation
     assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3_000]
     gateway.until("millrace_requests_in_flight", 0)
     accepted = gateway.metric("millrace_requests_accepted_total")
-    assert accepted == gateway.metric("millrace_requests_total") > 100
+    assert accepted == gateway.metric("millrace_requests_total") > 20
     assert requests.post(f"{gateway.url}/v1/models/iris:predict", json={"instances": [[5.1, 3.5, 1.4, 0.2]]}).json() == {"predictions": [0]}
 
 

@@ -713,7 +713,7 @@ async def test_asynchronous_requests_that_can_never_be_answered_are_refused_at_o
     accepted = await post(gateway, V1, GOOD, **later)
     assert accepted.status == 202
     async with asyncio.timeout(PATIENCE_S):
-        while (answer := await ask(gateway, request(accepted.json()["result_url"], method="GET"))).status == 202:
+        while (answer := await ask(gateway, request(accepted.json()["result_url"], method="GET"))).status == 202:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert (answer.status, answer.json()) == (200, {"predictions": [0]})
 

@@ -108,6 +108,15 @@ async def test_a_bad_expiry_is_a_400(world, value):
     assert (answer.status_code, "x-millrace-expires-s" in answer.json()["error"]) == (400, True)
 
 
+@pytest.mark.parametrize("header", [{"x-millrace-webhook": "http://example.org/"}, {"x-millrace-expires-s": "0"}])
+async def test_of_a_refused_request_nothing_is_stored(world, header):
+    await world.deployed(0.0)
+    stored = dict(world.store.contents)
+    answer = await world.http.post("/v1/models/cancer:predict", json={"instances": [[1, 2]] * 5_000}, headers={**ASYNC, **header})
+    assert answer.status_code == 400
+    assert world.store.contents == stored
+
+
 async def test_large_bodies_go_through_the_artifact_store(world):
     await world.deployed(0.0)
     rows = [[1, index] for index in range(5_000)]

@@ -1,7 +1,9 @@
 """The data plane against a pool of runners that answer when they are told to."""
 
 import asyncio
+import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -123,9 +125,9 @@ class Bench:
         ask = Ask(Target(target), Protocol.V1, parse, lambda p: Outgoing(repr(p.response.outputs["y"].tolist()).encode()), timeout_ms)
         return self.plane.submit(ask, Caller(name), lambda result: self.results.setdefault(name, result))
 
-    def route_to(self, *replicas: Replica, signature: Signature = SIGNATURE) -> None:
-        self.catalog.route = Route("sums", "sums.sums.1", "sums", 1, signature, replicas)
-        self.catalog.deployments = {"sums.sums.1": SimpleNamespace(replicas=replicas)}
+    def route_to(self, *replicas: Replica, signature: Signature = SIGNATURE, version: int = 1) -> None:
+        self.catalog.route = Route("sums", f"sums.sums.{version}", "sums", version, signature, replicas)
+        self.catalog.deployments = {f"sums.sums.{version}": SimpleNamespace(replicas=replicas)}
         self.catalog.changes.notify()
 
     def answers(self) -> dict[str, str]:
@@ -566,6 +568,34 @@ async def test_a_batch_that_was_not_answered_says_nothing_of_how_long_batches_ta
     assert bench.plane.lanes["sums.sums.1"].pace.seconds(100) == 0
 
 
+async def test_a_full_queue_goes_to_the_replica_that_takes_over_although_somebody_was_refused_first():
+    async with running(batch=BatchLimits(queued=1), replica_wait_s=5.0) as bench:
+        bench.ask((1, 0))
+        await turn()
+        bench.ask((2, 0))
+        bench.pool.asked[0].answer(RunnerGoneError("gone"))
+        bench.route_to(R1)
+        with pytest.raises(OverloadedError):
+            bench.ask((3, 0))
+        await turn()
+        bench.pool.asked[1].answer()
+        assert bench.answers() == {"1": "[1.0]", "2": "[2.0]"}
+
+
+async def test_a_replica_that_is_lost_by_a_later_deployment_is_looked_for_too(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    bench.route_to(R0, version=2)
+    await turn()
+    bench.pool.asked[1].answer(RunnerGoneError("gone"))
+    bench.pool.pinged.set()
+    bench.ask((2, 0))
+    await turn()
+    bench.pool.asked[2].answer()
+    assert bench.answers() == {"2": "[2.0]"}
+
+
 async def test_a_stopped_data_plane_looks_for_no_replica(bench):
     bench.ask((1, 0))
     await turn()
@@ -619,3 +649,55 @@ async def test_what_could_not_be_answered_in_time_is_refused_at_once(bench, row_
         accepted += 1
     assert accepted <= most
     assert bench.plane.lanes["sums.sums.1"].wait_s() < 1.5
+
+
+@pytest.mark.parametrize("seed", [*range(20), 326])
+async def test_whatever_happens_every_request_ends_exactly_once_and_nothing_is_left(seed):
+    rng = random.Random(seed)
+    failures: list[Any] = [RunnerGoneError("gone"), ModelError("raised"), InvalidInputError("no"), DeadlineExceededError("late"), None]
+    strange: list[Any] = [
+        *failures,
+        NotReadyError("key"),
+        MillraceError("strange"),
+        InferResponse({"y": np.zeros(1)}),
+        InferResponse({"y": None}),
+    ]
+    async with running(replica_wait_s=0.02, batch=BatchLimits(rows=8, queued=30, in_flight=2)) as bench:
+        asked: list[Pending] = []
+        answered = 0
+
+        def answer(of: list[Any]) -> None:
+            nonlocal answered
+            asked, answered = bench.pool.asked[answered], answered + 1
+            what = rng.choice(of)
+            asked.done(what) if isinstance(what, InferResponse) else asked.answer(what)
+
+        for number in range(300):
+            match rng.randrange(10):
+                case 0 | 1 | 2 | 3:
+                    with suppress(OverloadedError):
+                        width = rng.choice([1, 1, 2])
+                        asked.append(bench.ask(*[(number, *range(width))] * rng.randint(1, 3), timeout_ms=rng.choice([None, None, 5])))
+                case 4 | 5 | 6 if answered < len(bench.pool.asked):
+                    answer(strange)
+                case 7 if asked:
+                    bench.plane.cancel(rng.choice(asked))
+                case 8:
+                    replicas = tuple(rng.sample([R0, R1], rng.randint(0, 2)))
+                    bench.route_to(*replicas, version=rng.choice([1, 1, 1, 2]))
+                    rng.choice([bench.pool.pinged.set, bench.pool.pinged.clear])()
+                case _:
+                    await asyncio.sleep(rng.choice([0, 0, 0.002]))
+        bench.route_to(R0)
+        bench.pool.pinged.set()
+        async with asyncio.timeout(10):
+            while bench.plane.in_flight or answered < len(bench.pool.asked) or bench.plane._probes:
+                while answered < len(bench.pool.asked):
+                    answer([None])
+                await asyncio.sleep(0.001)
+        ends = bench.recorder.ends()
+        assert len(ends) == len(asked) > 30
+        assert all(len(outcomes) == 1 for outcomes in ends.values())
+        assert all(pending.is_over and pending.timer is None and pending.patience is None for pending in asked)
+        assert [(lane.queued, lane.in_flight) for lane in bench.plane.lanes.values()] == [(0, 0)] * len(bench.plane.lanes)
+        assert {Outcome.COMPLETED, Outcome.FAILED} <= {outcomes[0] for outcomes in ends.values()}

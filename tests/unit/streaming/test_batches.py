@@ -67,6 +67,26 @@ def test_requests_in_v2_are_joined_with_each_other():
     assert batches == [[3], [1, 2]]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"shape": [2, 2], "data": [1, 2, 3]},
+        {"shape": [1, 2], "data": [1, 2, 3, 4, 5, 6]},
+        {"shape": [True, 2]},
+        {"shape": [0, 2], "data": []},
+        {"datatype": "FP32"},
+        {"parameters": {}},
+    ],
+)
+def test_a_tensor_that_is_not_plain_shifts_nobody_elses_rows(odd):
+    flat = {"name": "input", "datatype": "FP64", "shape": [1, 2]}
+    plain = [item({"inputs": [{**flat, "data": [value, 0]}]}) for value in (1, 2, 3)]
+    strange = item({"inputs": [{**flat, "data": [9, 0], **odd}]})
+    batches, failed = grouped([plain[0], strange, *plain[1:]])
+    assert [1, 2, 3] in batches
+    assert len(batches) + len(failed) == 2
+
+
 def test_a_model_without_a_batch_dimension_is_asked_one_request_at_a_time():
     batches, _ = grouped([item(rows(1)), item(rows(2))], route=Route("shop", ID, "iris", 3, FIXED, ()))
     assert batches == [[1], [2]]

@@ -440,7 +440,7 @@ async def test_together_is_the_same_as_one_at_a_time(tmp_path, run):
     bodies: list[Any] = []
     for _ in range(300):
         values = generator.normal(size=(generator.integers(1, 4), 2)).round(3).tolist()
-        match generator.integers(0, 8):
+        match generator.integers(0, 10):
             case 0:
                 bodies.append({"instances": [[1, 2, 3]]})
             case 1:
@@ -454,6 +454,10 @@ async def test_together_is_the_same_as_one_at_a_time(tmp_path, run):
                 bodies.append({"inputs": {"input": values}})
             case 5:
                 bodies.append(b"no json")
+            case 6 | 7:
+                flat = [None, *np.ravel(values).tolist()[1:]] if generator.random() < 0.1 else np.ravel(values).tolist()
+                shape = [len(values), 3 if generator.random() < 0.05 else 2]
+                bodies.append({"inputs": [{"name": "input", "shape": shape, "datatype": "FP64", "data": flat}]})
             case _:
                 bodies.append({"instances": values})
     answers = []
