@@ -30,7 +30,7 @@ from libs.runner.wire import Arrays
 from schemas.registry import Replica
 from schemas.topics import inference_requests
 from services.streaming import spans
-from services.streaming.batches import Batch, Grouping, Item, Pace
+from services.streaming.batches import TARGET_S, Batch, Grouping, Item, Pace, guarded
 from services.streaming.claims import Claims
 from services.streaming.errors import NotAskedError
 from services.streaming.log import Given, Taken
@@ -92,10 +92,13 @@ class Answerer:
     ----------
     max_value_bytes
         Results with a larger body go to the artifact store.
+    written_bytes
+        Bodies of the results of the last chunk.
     """
 
     def __init__(self, endpoint_name: str, parts: AnswerParts, stopping: asyncio.Event) -> None:
         self.max_value_bytes = MAX_VALUE_BYTES
+        self.written_bytes = 0
         self._endpoint_name = endpoint_name
         self._topic = inference_requests(endpoint_name).name
         self._state = parts.state
@@ -123,6 +126,7 @@ class Answerer:
         StoppingError
             When the process stops before all are answered.
         """
+        self.written_bytes = 0
         items = [Item(Request(taken, self._topic, self._endpoint_name)) for taken in records]
         if self._parts.is_traced:
             for item in items:
@@ -150,7 +154,7 @@ class Answerer:
                         portion, held_bytes = [], 0
                     held_bytes += size
                     await self._keep_trying(partial(self._parts.claims.fetch, item.request))
-                item.read()
+                guarded("read", item.read)
             except MillraceError as error:
                 self._fail(item, error, turn)
             else:
@@ -184,7 +188,7 @@ class Answerer:
             grouping.add(item, route, is_alone=route.deployment_id in self._uneven)
             rows += item.rows
         replicas = max(len(route.replicas) for route in routes.values())
-        pace = min(self._pace(route).rows for route in routes.values())
+        pace = min(self._pace(route).count for route in routes.values())
         batches = grouping.batches(min(pace, max(_FEW_ROWS, math.ceil(rows / replicas))))
         for item, error in grouping.failed:
             self._fail(item, error, turn)
@@ -193,7 +197,7 @@ class Answerer:
     def _pace(self, route: Route) -> Pace:
         if len(self._paces) > 64:
             self._paces.clear()
-        return self._paces.setdefault(route.deployment_id, Pace(self._limits.batch_rows))
+        return self._paces.setdefault(route.deployment_id, Pace(self._limits.batch_rows, TARGET_S))
 
     async def _ask_all(self, batches: Sequence[Batch], turn: "_Turn") -> None:
         waiting = iter(batches)
@@ -218,12 +222,7 @@ class Answerer:
         try:
             response = await self._infer(batch, replica)
         except (InvalidInputError, ModelError) as error:
-            if len(batch.items) == 1:
-                self._fail(batch.items[0], error, turn)
-                return
-            # One of them is to blame, or a few: found by halving.
-            for half in batch.parts(math.ceil(len(batch.items) / 2)):
-                await self._ask(half, turn)
+            await self._blame(batch, error, turn)
         except DeadlineExceededError:
             turn.unasked += batch.items
         except (RunnerGoneError, NotReadyError, TimeoutError) as error:
@@ -234,13 +233,21 @@ class Answerer:
         else:
             await self._complete(batch, response, turn)
 
+    async def _blame(self, batch: Batch, error: MillraceError, turn: "_Turn") -> None:
+        """Find by halving which records of a batch are to blame; one that is alone has failed."""
+        if len(batch.items) == 1:
+            self._fail(batch.items[0], error, turn)
+            return
+        for half in batch.parts(math.ceil(len(batch.items) / 2)):
+            await self._ask(half, turn)
+
     async def _infer(self, batch: Batch, replica: Replica) -> InferResponse:
         self._batch_records.observe(len(batch.items))
         traceparent = spans.sampled(batch.items) if self._parts.is_traced else None
         began = asyncio.get_running_loop().time()
         response = await self._runners.infer(batch, replica, traceparent)
         took_s = response.model_s or asyncio.get_running_loop().time() - began
-        self._pace(batch.route).took(batch.rows, took_s)
+        self._pace(batch.route).cost(batch.rows, took_s)
         if response.span is not None:
             for parent in spans.parents(batch.items):
                 self._parts.pool.export_span(response.span, parent, batch.route, replica)
@@ -256,26 +263,23 @@ class Answerer:
             for single in batch.parts(1):
                 await self._ask(single, turn)
             return
-        requests = [item.request for item in items]
-        if items[0].is_rows:
-            results = turn.writer.rows(requests, batch.counts, batch.route, response)
-        elif len(items) > 1 and batch.is_plain:
-            results = turn.writer.outputs(requests, batch.counts, batch.route, response)
-        else:
-            results = [
-                turn.writer.tensors(item.request, item.asked or InferRequest({}), batch.route, InferResponse(part))
-                for item, part in zip(items, parts, strict=True)
-            ]
+        try:
+            results = guarded("answered", _results, batch, parts, response, turn.writer)
+        except MillraceError as error:
+            await self._blame(batch, error, turn)
+            return
         for item, result in zip(items, results, strict=True):
             item.written = [result]
-            if len(result.value or b"") > self.max_value_bytes:
+            size_bytes = len(result.value or b"")
+            self.written_bytes += size_bytes
+            if size_bytes > self.max_value_bytes:
                 turn.oversized.append(item)
 
     async def _answer_alone(self, item: Item, turn: "_Turn") -> None:
         while True:
             await self._until_answerable()
             route = self._state.route(self._endpoint_name, item.request.chance)
-            asked = item.parse(route.signature)
+            asked = guarded("read", item.parse, route.signature)
             try:
                 replica = await self._runners.choose(route)
                 response = await self._infer(Batch(route, [item], [1], asked.inputs, asked.outputs), replica)
@@ -329,6 +333,18 @@ def _parts(batch: Batch, response: InferResponse) -> Sequence[Arrays]:
     if len(batch.items) == 1:
         return [response.outputs]
     return split(response.outputs, [batch.rows] if batch.is_plain or batch.items[0].is_rows else batch.counts)
+
+
+def _results(batch: Batch, parts: Sequence[Arrays], response: InferResponse, writer: ResultWriter) -> list[Given]:
+    requests = [item.request for item in batch.items]
+    if batch.items[0].is_rows:
+        return writer.rows(requests, batch.counts, batch.route, response)
+    if len(requests) > 1 and batch.is_plain:
+        return writer.outputs(requests, batch.counts, batch.route, response)
+    return [
+        writer.tensors(item.request, item.asked or InferRequest({}), batch.route, InferResponse(part))
+        for item, part in zip(batch.items, parts, strict=True)
+    ]
 
 
 class _Turn:

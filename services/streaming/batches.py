@@ -1,27 +1,33 @@
 """Requests of one deployment that are asked of a runner at once. No I/O."""
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
-from libs.errors import InvalidMessage
+from libs.errors import MillraceError
 from libs.inference import v1, v2
 from libs.inference.batches import batch_key as key_of
 from libs.inference.batches import is_batchable, join, row_count
-from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferRequest
 from libs.inference.routing import Route
 from libs.runner.wire import Arrays
 from schemas.inference import Signature
+from services.streaming.errors import InternalError
 from services.streaming.log import Given
 from services.streaming.requests import Form, Request
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TARGET_S = 0.05
 """What a batch should take in the model: long enough that what surrounds it does not matter, short enough that a synchronous request that
 has to wait for it is not late."""
 
-FIRST_ROWS = 64
+FIRST = 64
+"""So many at once before anything is known."""
 
 
 class Item:
@@ -118,29 +124,37 @@ class Batch:
 
 
 class Pace:
-    """How many rows a batch may have so that the model takes about ``TARGET_S`` for it; found out by doubling and halving.
+    """How many at once may cost about so much; found out by doubling and halving.
+
+    Parameters
+    ----------
+    most
+        Never more at once.
+    target
+        What they may cost: seconds in the model, bytes of results.
 
     Examples
     --------
-    >>> pace = Pace(longest=1000)
-    >>> pace.took(64, 0.001)
-    >>> pace.rows
+    >>> pace = Pace(most=1000, target=0.05)
+    >>> pace.cost(64, 0.001)
+    >>> pace.count
     128
-    >>> pace.took(128, 0.2)
-    >>> pace.rows
+    >>> pace.cost(128, 0.2)
+    >>> pace.count
     64
     """
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
-        self.rows = min(FIRST_ROWS, longest)
+    def __init__(self, most: int, target: float) -> None:
+        self._most = most
+        self._target = target
+        self.count = min(FIRST, most)
 
-    def took(self, rows: int, seconds: float) -> None:
-        """Learn from a batch."""
-        if seconds > TARGET_S:
-            self.rows = max(1, min(self.rows, rows) // 2)
-        elif rows >= self.rows and seconds < TARGET_S / 2:
-            self.rows = min(self._longest, self.rows * 2)
+    def cost(self, count: int, cost: float) -> None:
+        """Learn from what so many have cost."""
+        if cost > self._target:
+            self.count = max(1, min(self.count, count) // 2)
+        elif count >= self.count and cost < self._target / 2:
+            self.count = min(self._most, self.count * 2)
 
 
 class Grouping:
@@ -153,7 +167,7 @@ class Grouping:
     """
 
     def __init__(self) -> None:
-        self.failed: list[tuple[Item, InvalidMessage | InvalidInputError]] = []
+        self.failed: list[tuple[Item, MillraceError]] = []
         self._plain: dict[Any, tuple[Route, list[Item]]] = {}
         self._parsed: dict[Any, tuple[Route, list[Item]]] = {}
         self._alone: list[Batch] = []
@@ -186,9 +200,9 @@ class Grouping:
     def _joined(self, route: Route, items: list[Item], counts: list[int]) -> list[Batch]:
         """Rows of many requests read as those of one, whose elements are independent of each other; if one is wrong, each for itself."""
         try:
-            asked = _as_one(items, counts, route.signature)
+            asked = guarded("read", _as_one, items, counts, route.signature)
             return [Batch(route, items, counts, asked.inputs, is_plain=True)]
-        except InvalidInputError:
+        except MillraceError:
             for item in items:
                 self._add_parsed(item, route)
             return []
@@ -212,10 +226,21 @@ class Grouping:
 
     def _parse(self, item: Item, route: Route) -> InferRequest | None:
         try:
-            return item.parse(route.signature)
-        except (InvalidMessage, InvalidInputError) as error:
+            return guarded("read", item.parse, route.signature)
+        except MillraceError as error:
             self.failed.append((item, error))
             return None
+
+
+def guarded(doing: str, call: Callable[..., T], *arguments: Any) -> T:
+    """What ``call`` returns; raises ``InternalError`` for what it raises, unless that is an error of ours."""
+    try:
+        return call(*arguments)
+    except MillraceError:
+        raise
+    except Exception as error:
+        log.exception("a bug: a record could not be %s", doing)
+        raise InternalError(f"something went wrong in Millrace while this record was {doing}") from error
 
 
 def _plain_rows(document: dict[str, Any]) -> int:

@@ -3,7 +3,8 @@
 TransientError
 └── SessionLostError       what the log says of a transaction or a membership is doubtful: begin anew with new clients · 503
 MillraceError
-└── SupersededError        another process has this one's name in the group: this one must stop
+├── SupersededError        another process has this one's name in the group: this one must stop
+└── InternalError          a bug, met over one record · 500
 NotReadyError
 └── NotAskedError          no runner could be asked, so nothing is known about the records · 503
 """
@@ -24,6 +25,10 @@ class SessionLostError(TransientError):
 
 class SupersededError(MillraceError):
     """Another process runs under the same ``KAFKA_GROUP_INSTANCE`` and has taken over; two of them need two names."""
+
+
+class InternalError(MillraceError):
+    """A bug, met over one record, which fails; its traceback is in the log. Any record may come from anybody: none may stop the others."""
 
 
 class NotAskedError(NotReadyError):

@@ -17,8 +17,8 @@ class Settings(BaseSettings):
     chunk_bytes: int = Field(
         4 * 2**20,
         ge=64 * 2**10,
-        description="Most bytes of inference records of one endpoint that are taken at once, and fetched ahead; up to six times as many "
-        "are in memory.",
+        description="Most bytes of inference records of one endpoint that are taken at once, and fetched ahead; up to a dozen times as "
+        "many are in memory.",
     )
     batch_rows: int = Field(
         4_096,

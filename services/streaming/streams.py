@@ -25,7 +25,7 @@ from libs.metrics import Histogram, Metrics
 from libs.metrics.definitions import DEAD_LETTERS, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
 from schemas.topics import Topic, inference_requests, inference_results
 from services.streaming.answering import SERVICE, Answerer, AnswerParts
-from services.streaming.batches import Item
+from services.streaming.batches import Item, Pace
 from services.streaming.errors import SessionLostError
 from services.streaming.log import Chunk, StreamLog, StreamLogs
 from services.streaming.state import State
@@ -147,6 +147,8 @@ class Stream:
         self._stopping = asyncio.Event()
         self._answerer = Answerer(endpoint_name, parts.answering, self._stopping)
         self._figures = _Figures(endpoint_name, parts.metrics)
+        # Small requests can have large answers.
+        self._pace = Pace(parts.limits.chunk_records, parts.limits.chunk_bytes)
 
     async def run(self) -> None:
         """Answer records until stopped; what was not committed is read again by whoever comes next."""
@@ -195,7 +197,7 @@ class Stream:
         looked_s = 0.0
         while not self._stopping.is_set():
             if self._answerer.is_answerable():
-                chunk = await stream_log.take(self._limits.chunk_records, self._limits.chunk_bytes, POLL_S)
+                chunk = await stream_log.take(self._pace.count, self._limits.chunk_bytes, POLL_S)
                 if chunk.records:
                     self._figures.in_flight.value += len(chunk.records)
                     await self._hand_on(stream_log, _Read(chunk, time.monotonic()), taken)
@@ -221,7 +223,9 @@ class Stream:
             if self._stopping.is_set():
                 continue
             try:
-                await answered.put(_Answered(read, await self._answerer.answer(read.chunk.records)))
+                items = await self._answerer.answer(read.chunk.records)
+                self._pace.cost(len(items), self._answerer.written_bytes)
+                await answered.put(_Answered(read, items))
             except StoppingError:
                 log.info("records of %s that were being answered are read again", self._requests)
         await answered.put(None)

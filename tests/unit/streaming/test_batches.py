@@ -7,7 +7,7 @@ import pytest
 
 from libs.inference.routing import Route
 from schemas.inference import Datatype, Signature, TensorSpec
-from services.streaming.batches import FIRST_ROWS, TARGET_S, Grouping, Item, Pace
+from services.streaming.batches import FIRST, TARGET_S, Grouping, Item, Pace
 from services.streaming.log import Taken
 from services.streaming.requests import Request
 from tests.unit.streaming.conftest import ID, signature
@@ -103,22 +103,22 @@ def test_halves_have_the_rows_of_their_requests():
     assert [part.items for part in parts] == [items[:2], items[2:]]
 
 
-def test_the_pace_doubles_while_the_model_is_quick_and_never_beyond_the_longest():
-    pace = Pace(longest=200)
+def test_the_pace_doubles_while_the_model_is_quick_and_never_beyond_the_most():
+    pace = Pace(200, TARGET_S)
     for _ in range(5):
-        pace.took(pace.rows, 0.001)
-    assert pace.rows == 200
+        pace.cost(pace.count, 0.001)
+    assert pace.count == 200
 
 
 def test_the_pace_halves_while_the_model_is_slow_and_never_below_one():
-    pace = Pace(longest=200)
+    pace = Pace(200, TARGET_S)
     for _ in range(20):
-        pace.took(pace.rows, 2 * TARGET_S)
-    assert pace.rows == 1
+        pace.cost(pace.count, 2 * TARGET_S)
+    assert pace.count == 1
 
 
-@pytest.mark.parametrize("rows_", [1, FIRST_ROWS - 1])
-def test_a_small_batch_says_nothing_about_larger_ones(rows_):
-    pace = Pace(longest=200)
-    pace.took(rows_, 0.001)
-    assert pace.rows == FIRST_ROWS
+@pytest.mark.parametrize("count", [1, FIRST - 1])
+def test_a_small_batch_says_nothing_about_larger_ones(count):
+    pace = Pace(200, TARGET_S)
+    pace.cost(count, 0.001)
+    assert pace.count == FIRST

@@ -22,6 +22,7 @@ from schemas.registry import EndpointSnapshot, Replica
 from schemas.topics import DLQ, STATE_ENDPOINTS
 from services.streaming import answering
 from services.streaming.answering import AnswerLimits
+from services.streaming.batches import Item
 from services.streaming.errors import SessionLostError
 from services.streaming.memory import MemoryStreamLog
 from services.streaming.streams import StreamLimits
@@ -139,6 +140,27 @@ async def test_a_model_that_does_not_answer_row_by_row_is_asked_one_record_at_a_
     async with run(world.streams()):
         assert predicted(await world.results(3)) == [1, 2, 3]
     assert sums(runner) == [[1, 2, 3], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("where", ["read", "parse"])
+async def test_a_record_over_which_we_have_a_bug_fails_alone(world, run, monkeypatch, where):
+    original = getattr(Item, where)
+
+    def buggy(self: Any, *arguments: Any) -> Any:
+        if self.request.id == "cursed":
+            raise ZeroDivisionError
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Item, where, buggy)
+    await world.endpoint((await world.runner()).replica)
+    await world.ask(*rows(1))
+    await world.ask({"instances": [[2, 0]], "outputs": ["predict"]}, ce_id="cursed")
+    await world.ask(*rows(3))
+    async with run(world.streams()):
+        results = await world.results(3)
+    assert [result["status"] for result in results] == ["completed", "failed", "completed"]
+    assert "something went wrong in Millrace" in results[1]["error"]
+    assert len(world.dead_letters()) == 1
 
 
 async def test_without_a_runner_records_wait_and_nothing_is_lost(world, run):
@@ -274,6 +296,25 @@ async def test_what_is_in_memory_is_bounded_while_a_model_takes_its_time(world, 
         assert world.metrics.gauge(STREAM_IN_FLIGHT, "shop").value == 30
         answer.set()
         assert predicted(await world.results(500)) == list(range(500))
+
+
+async def test_small_requests_with_large_answers_are_taken_a_few_at_a_time(world, run, monkeypatch):
+    world.limits = StreamLimits(chunk_records=1000, chunk_bytes=5_000)
+    taken: list[int] = []
+    take = MemoryStreamLog.take
+
+    async def counted(self: Any, *arguments: Any) -> Any:
+        chunk = await take(self, *arguments)
+        taken.append(len(chunk.records))
+        return chunk
+
+    monkeypatch.setattr(MemoryStreamLog, "take", counted)
+    await world.endpoint((await world.runner()).replica)
+    await world.ask(*rows(*range(1000)))
+    async with run(world.streams()):
+        assert predicted(await world.results(1000)) == list(range(1000))
+    assert max(taken) <= 64
+    assert 16 in taken
 
 
 async def test_a_chunk_ends_with_the_record_that_makes_it_too_large(world, run):
