@@ -16,7 +16,7 @@ _BATCHED = ("iris", "boosted")
 class MLServer(Peer):
     """V2 in JSON over REST, and with raw contents over gRPC; it has no binary tensors over REST.
 
-    Inference is in the server's own process: for models this quick its worker processes cost more than they give. Its batching is on
+    Inference is in the server's own process: its worker processes do not start with the uvloop of its environment. Its batching is on
     where it helped (one row a request) and off where it did not (many rows).
     """
 

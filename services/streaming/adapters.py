@@ -123,7 +123,7 @@ class KafkaStreamLog:
                 {
                     **self._common(),
                     **transactions,
-                    "enable.idempotence": True,
+                    "enable.idempotence": True, "log_level": 7, "debug": "eos,protocol,broker",
                     "linger.ms": 50,
                     "message.max.bytes": 2 * MAX_RECORD_BYTES,
                     "partitioner": "murmur2_random",
