@@ -13,10 +13,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
@@ -27,6 +26,7 @@ from libs.settings import KafkaSettings
 from schemas.topics import inference_requests
 from services.streaming.errors import SessionLostError, SupersededError
 from services.streaming.log import Chunk, Given, Taken
+from services.streaming.threads import CallThread
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,10 @@ TRANSACTION_TIMEOUT_MS = 10_000
 """A transaction takes milliseconds. The broker aborts one that a dead process left open after so long; until then its results, and all that
 are written behind them, are hidden from ``read_committed`` readers."""
 
+COMMIT_TIMEOUT_S = 30.0
+"""A transaction that has not ended by then is in doubt, and so are the clients in whose hands it is."""
+
+_CALL_TIMEOUT_S = 20.0
 _CLOSE_S = 5.0
 _LAG_TIMEOUT_S = 5.0
 _SLICE = 256
@@ -48,8 +52,6 @@ _PASSING = frozenset(
     }
 )
 """What a consumer says of itself while it recovers by itself."""
-
-T = TypeVar("T")
 
 
 class KafkaStreamLog:
@@ -67,11 +69,12 @@ class KafkaStreamLog:
         self._group = f"millrace-streaming-{endpoint_name}"
         self._prefetch_bytes = prefetch_bytes
         self._timeout_s = settings.request_timeout_ms / 1000
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix=f"reads {endpoint_name}")
-        self._writing = ThreadPoolExecutor(1, thread_name_prefix=f"writes {endpoint_name}")
+        self._reading = CallThread(f"reads {endpoint_name}")
+        self._writing = CallThread(f"writes {endpoint_name}")
         self._consumer: Any = None
         self._producer: Any = None
         self._committing = threading.Lock()
+        self._is_closing = False
         self._assignment = 0
         self._member: Any = None
         self._is_paused = False
@@ -87,32 +90,35 @@ class KafkaStreamLog:
         self._paused_partitions = metrics.gauge(STREAM_PAUSED, endpoint_name)
 
     async def open(self) -> None:
-        await self._in(self._writing, self._open_producer)
-        await self._in(self._reading, self._open_consumer)
+        await self._writing.call(self._open_producer)
+        await self._reading.call(self._open_consumer)
 
     async def close(self) -> None:
-        reading = asyncio.ensure_future(self._in(self._reading, self._close_consumer))
-        writing = asyncio.ensure_future(self._in(self._writing, self._close_producer))
+        self._is_closing = True
+        reading = asyncio.ensure_future(self._reading.call(self._close_consumer))
+        writing = asyncio.ensure_future(self._writing.call(self._close_producer))
         await asyncio.wait({reading, writing}, timeout=_CLOSE_S)
         for closing in (reading, writing):
             closing.cancel()
-        self._reading.shutdown(wait=False)
-        self._writing.shutdown(wait=False)
+        self._reading.end()
+        self._writing.end()
 
     async def take(self, max_records: int, max_bytes: int, timeout_s: float) -> Chunk:
-        return await self._in(self._reading, lambda: self._take(max_records, max_bytes, timeout_s))
+        return await self._reading.call(self._take, max_records, max_bytes, timeout_s)
 
     async def stay(self, timeout_s: float) -> None:
-        await self._in(self._reading, lambda: self._stay(timeout_s))
+        await self._reading.call(self._stay, timeout_s)
 
     async def commit(self, assignment: int, results: Sequence[Given], offsets: Mapping[int, int]) -> bool:
-        return await self._in(self._writing, lambda: self._commit(assignment, results, offsets))
+        try:
+            async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                return await self._writing.call(self._commit, assignment, results, offsets)
+        except TimeoutError as error:
+            self._transactions["doubtful"].value += 1
+            raise SessionLostError(f"a transaction of {self._topic} did not end within {COMMIT_TIMEOUT_S:.0f} s") from error
 
     async def lags(self) -> dict[int, int]:
-        return await self._in(self._reading, self._lags)
-
-    async def _in(self, thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(thread, call)
+        return await self._reading.call(self._lags)
 
     # The producer's thread ---------------------------------------------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class KafkaStreamLog:
                 {
                     **self._common(),
                     **transactions,
-                    "enable.idempotence": True, "log_level": 7, "debug": "eos,protocol,broker",
+                    "enable.idempotence": True,
                     "linger.ms": 50,
                     "message.max.bytes": 2 * MAX_RECORD_BYTES,
                     "partitioner": "murmur2_random",
@@ -167,8 +173,11 @@ class KafkaStreamLog:
         try:
             self._producer.begin_transaction()
             self._produce(results)
-            self._producer.send_offsets_to_transaction(self._places(offsets), self._member, self._timeout_s)
-            self._producer.commit_transaction(self._timeout_s)
+            # While the broker is away, librdkafka 2.16 can wait for the offsets for ever; for records it waits as long as it is told.
+            if self._producer.flush(_CALL_TIMEOUT_S):
+                raise KafkaException(self._undelivered or KafkaError(KafkaError._TIMED_OUT))
+            self._producer.send_offsets_to_transaction(self._places(offsets), self._member, _CALL_TIMEOUT_S)
+            self._producer.commit_transaction(_CALL_TIMEOUT_S)
         except KafkaException as error:
             outcome = "aborted" if self._abort(error) else "doubtful"
             self._transactions[outcome].value += 1
@@ -180,7 +189,7 @@ class KafkaStreamLog:
         if not error.args[0].txn_requires_abort():
             return False
         try:
-            self._producer.abort_transaction(self._timeout_s)
+            self._producer.abort_transaction(_CALL_TIMEOUT_S)
         except KafkaException:
             return False
         return True
@@ -263,19 +272,23 @@ class KafkaStreamLog:
         self._assignment += 1
         log.info("reads partitions %s of %s", sorted(place.partition for place in partitions), self._topic)
 
-    def _on_revoke(self, _: Any, partitions: list[TopicPartition]) -> None:
-        with self._committing:
-            self._forget(partitions)
-
-    def _on_lost(self, _: Any, partitions: list[TopicPartition]) -> None:
+    def _on_lost(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         log.warning("lost partitions %s of %s", sorted(place.partition for place in partitions), self._topic)
-        self._forget(partitions)
+        self._on_revoke(consumer, partitions)
 
-    def _forget(self, partitions: Sequence[TopicPartition]) -> None:
+    def _on_revoke(self, _: Any, partitions: list[TopicPartition]) -> None:
+        """Give partitions up, but not while a transaction is being committed.
+
+        Also not when they are lost already: a static member can come back into the same generation, in which the broker would accept
+        offsets of a transaction from before, when what they stand for is being read again.
+        """
+        is_over = self._is_closing or self._committing.acquire(timeout=COMMIT_TIMEOUT_S)
         self._assignment += 1
         self._held.clear()
         for place in partitions:
             self._committed.pop(place.partition, None)
+        if is_over and not self._is_closing:
+            self._committing.release()
 
     def _take(self, max_records: int, max_bytes: int, timeout_s: float) -> Chunk:
         self._pause(False)
