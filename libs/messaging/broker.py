@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from typing import Protocol
 
 from libs.messaging.records import Record, TopicPartition
@@ -99,6 +100,9 @@ class Broker(Protocol):
 
     def consumer(self, topics: Sequence[str], group: str) -> Consumer: ...
 
-    def reader(self, topics: Sequence[str], last_records: int | None = None) -> Reader:
-        """A reader from the beginning, or from ``last_records`` before the end of each partition."""
+    def reader(self, topics: Sequence[str], last_records: int | None = None, since: datetime | None = None) -> Reader:
+        """A reader from the beginning, from ``last_records`` before the end of each partition, or from a time on.
+
+        From ``since`` on nothing is left out; a broker that cannot look times up gives earlier records too.
+        """
         ...

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka import TopicPartition as KafkaPartition
@@ -251,17 +252,26 @@ async def all_partitions(consumer: AIOKafkaConsumer, topics: Iterable[str]) -> l
 class KafkaReader(_KafkaSource):
     """Reads whole topics by itself, outside of any group."""
 
-    def __init__(self, settings: KafkaSettings, topics: Sequence[str], last_records: int | None) -> None:
+    def __init__(self, settings: KafkaSettings, topics: Sequence[str], last_records: int | None, since: datetime | None) -> None:
         super().__init__(settings, topics, group=None)
         self._last_records = last_records
+        self._since = None if settings.embedded else since
 
     async def _position(self, consumer: AIOKafkaConsumer) -> None:
+        if self._since is not None:
+            await self._seek_time(consumer, int(self._since.timestamp() * 1000))
         if self._last_records is None:
             return
         places = list(consumer.assignment())
         beginnings = await consumer.beginning_offsets(places)
         for place, end in (await consumer.end_offsets(places)).items():
             consumer.seek(place, max(beginnings[place], end - self._last_records))
+
+    async def _seek_time(self, consumer: AIOKafkaConsumer, since_ms: int) -> None:
+        places = list(consumer.assignment())
+        ends = await consumer.end_offsets(places)
+        for place, found in (await consumer.offsets_for_times(dict.fromkeys(places, since_ms))).items():
+            consumer.seek(place, ends[place] if found is None else found.offset)
 
     async def end_offsets(self) -> Offsets:
         consumer = self._client
@@ -333,5 +343,5 @@ class KafkaBroker:
     def consumer(self, topics: Sequence[str], group: str) -> KafkaConsumer:
         return KafkaConsumer(self._settings, topics, group)
 
-    def reader(self, topics: Sequence[str], last_records: int | None = None) -> KafkaReader:
-        return KafkaReader(self._settings, topics, last_records)
+    def reader(self, topics: Sequence[str], last_records: int | None = None, since: datetime | None = None) -> KafkaReader:
+        return KafkaReader(self._settings, topics, last_records, since)

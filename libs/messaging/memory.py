@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import datetime
 
 from libs.errors import TransientError
 from libs.messaging.broker import Offsets
@@ -45,7 +46,7 @@ class MemoryBroker:
     def consumer(self, topics: Sequence[str], group: str) -> "MemoryConsumer":
         return MemoryConsumer(self, topics, group)
 
-    def reader(self, topics: Sequence[str], last_records: int | None = None) -> "MemoryReader":
+    def reader(self, topics: Sequence[str], last_records: int | None = None, since: datetime | None = None) -> "MemoryReader":  # noqa: ARG002
         return MemoryReader(self, topics, last_records)
 
     async def append(self, records: Sequence[Record], offsets: Sequence[tuple[str, Offsets]] = ()) -> None:

@@ -143,6 +143,11 @@ def read(record: Record) -> PredictionBatch | RequestsCounted | None:
     return None
 
 
+def is_of(record: Record, instance: str) -> bool:
+    """Whether an instance wrote a record; looks at nothing but its id."""
+    return (record.header("ce_id") or "").startswith(f"{instance}-")
+
+
 def _read_batch(record: Record, value: bytes) -> PredictionBatch:
     length = int(record.header(HEAD_LENGTH) or "")
     head = PredictionsLogged.model_validate_json(value[:length])

@@ -125,9 +125,9 @@ class Recorder:
         self._clock = clock
         self._producer = broker.producer()
         self._writer = LogWriter(self._producer, self._written, self._write_failed)
-        self._recovery = Recovery(directory, self._send_surely, metrics, clock)
         self._works: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        self._recovery = Recovery(directory, broker, self._send_surely, metrics, clock, self._stopping)
         self._ledger: Ledger
         self._is_recording = False
         self._sequence = 0

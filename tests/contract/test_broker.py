@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import uuid
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -40,10 +42,10 @@ async def take(source, count: int) -> list[Record]:
     return taken
 
 
-async def read(log, topic: str, last_records: int | None = None) -> list[Record]:
+async def read(log, topic: str, last_records: int | None = None, since: datetime | None = None) -> list[Record]:
     """Everything in a topic, by a reader that was told where the end is."""
     records: list[Record] = []
-    async with started(log.broker.reader([topic], last_records)) as reader:
+    async with started(log.broker.reader([topic], last_records, since)) as reader:
         ends = await reader.end_offsets()
         async with asyncio.timeout(15):
             while not await reader.is_at(ends):
@@ -131,6 +133,18 @@ async def test_a_reader_can_begin_some_records_before_the_end(log):
         await producer.send(numbered(topic, 10))
     assert values(await read(log, topic, last_records=3)) == list("789")
     assert values(await read(log, topic, last_records=30)) == list("0123456789")
+
+
+async def test_a_reader_can_begin_at_a_time_and_leaves_nothing_out_from_then_on(log):
+    (topic,), now = await log.topics(1), datetime.now(UTC).replace(microsecond=0)
+    async with started(log.broker.producer()) as producer:
+        for number in range(6):
+            written_at = now - timedelta(seconds=60 - 10 * number)
+            await producer.send([replace(record, timestamp_ms=int(written_at.timestamp() * 1000)) for record in numbered(topic, 1)])
+    looks_times_up = log.settings is not None and not log.settings.embedded
+    found = await read(log, topic, since=now - timedelta(seconds=35))
+    assert len(found) == (3 if looks_times_up else 6)
+    assert len(await read(log, topic, since=now)) == (0 if looks_times_up else 6)
 
 
 async def test_a_reader_of_an_empty_topic_is_caught_up_at_once_and_sees_what_comes(log):

@@ -250,6 +250,7 @@ async def test_a_row_that_was_written_unknown_to_its_gateway_counts_once(tmp_pat
         await world.recorder._recovery.settle()
         settled = next(report for report in audited(broker, [world.recorder.instance]) if report.state is InstanceState.LOST)
         assert (settled.findings, settled.rows.completed) == ((), 1)
+        assert [request_id for batch in world.batches() for request_id in batch.head.request_ids] == ["a"]
 
 
 async def test_a_stop_without_a_broker_leaves_the_account_to_the_next(tmp_path, monkeypatch):
