@@ -11,15 +11,15 @@ RFC 7240, "Prefer Header for HTTP", section 4.1 (``respond-async``)
 
 import asyncio
 import base64
+import heapq
 import logging
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from libs.artifacts import ArtifactStore
-from libs.errors import InvalidArgumentError, MillraceError, NotFoundError
+from libs.errors import InvalidArgumentError, MillraceError, NotFoundError, OverloadedError
 from libs.messaging import cloudevents
 from libs.messaging.cloudevents import Clock, Event
 from libs.messaging.records import Record
@@ -40,7 +40,8 @@ INLINE_BYTES = 16 * 1024
 """A body up to this size travels in the record and is kept in memory; a larger one goes to the artifact store."""
 
 MOST_OPERATIONS = 100_000
-"""Operations that can be asked for; beyond them the oldest are forgotten before they expire."""
+MOST_KEPT_BYTES = 256 * 2**20
+"""Operations that are kept until they expire, and memory for the answers of those that ended; beyond either no more are accepted."""
 
 WEBHOOK_HEADER = b"x-millrace-webhook"
 EXPIRY_HEADER = b"x-millrace-expires-s"
@@ -81,7 +82,15 @@ class Operations:
     def __init__(self, clock: Clock) -> None:
         self.changes = Changes()
         self._clock = clock
-        self._operations: OrderedDict[str, Operation] = OrderedDict()
+        self._operations: dict[str, Operation] = {}
+        self._expiries: list[tuple[datetime, str]] = []
+        self._kept_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is kept that nothing more shall be accepted before something has expired."""
+        self._forget_expired()
+        return len(self._operations) >= MOST_OPERATIONS or self._kept_bytes >= MOST_KEPT_BYTES
 
     def apply(self, record: Record) -> None:
         """Fold one record in; one that cannot be read is logged and passed over."""
@@ -101,10 +110,12 @@ class Operations:
         if isinstance(data, PredictionAccepted):
             if data.operation_id not in self._operations and data.expires_at > self._clock():
                 self._operations[data.operation_id] = Operation(data.model_copy(update={"body": _FORGOTTEN}))
+                heapq.heappush(self._expiries, (data.expires_at, data.operation_id))
         elif isinstance(data, PredictionEnded):
             operation = self._operations.get(data.operation_id)
             if operation is not None and operation.ended is None:
                 operation.ended, operation.ended_id, operation.ended_at = data, event.id, event.time
+                self._kept_bytes += _kept_bytes(operation)
         elif isinstance(data, WebhookEnded) and data.operation_id in self._operations:
             self._operations[data.operation_id].webhook = data
 
@@ -115,11 +126,13 @@ class Operations:
 
     def _forget_expired(self) -> None:
         now = self._clock()
-        while self._operations:
-            operation = next(iter(self._operations.values()))
-            if len(self._operations) <= MOST_OPERATIONS and operation.accepted.expires_at > now:
-                return
-            self._operations.popitem(last=False)
+        while self._expiries and self._expiries[0][0] <= now:
+            _, operation_id = heapq.heappop(self._expiries)
+            self._kept_bytes -= _kept_bytes(self._operations.pop(operation_id))
+
+
+def _kept_bytes(operation: Operation) -> int:
+    return 0 if operation.ended is None else len(operation.ended.body.base64 or "")
 
 
 _FORGOTTEN = Content(base64="", size_bytes=0)
@@ -172,10 +185,14 @@ class AsyncPredictions:
         ------
         InvalidArgumentError, NotFoundError
             The request can never be answered: nothing was accepted.
+        OverloadedError
+            So many are kept that this one could not be until it expires.
         TransientError
             The broker does not take it.
         """
         self._dataplane.check(ask)
+        if self._operations.is_full:
+            raise OverloadedError("as many operations are kept as can be; new ones are accepted again when some have expired")
         now = self._clock()
         expires_at = now + timedelta(seconds=self._expiry_s(incoming))
         webhook_url = self._webhooks.checked(incoming.header(WEBHOOK_HEADER))

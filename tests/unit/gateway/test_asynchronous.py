@@ -6,10 +6,14 @@ import hashlib
 import hmac
 import json
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 import pytest
 
-from libs.messaging import consumer
+from libs.messaging import cloudevents, consumer
+from schemas.operations import Content, PredictionAccepted
+from services.gateway.asynchronous import Operations
+from tests.unit.gateway.conftest import NOW
 
 ASYNC = {"prefer": "respond-async"}
 ROWS = {"instances": [[1, 2], [3, 4.25]]}
@@ -115,6 +119,38 @@ async def test_of_a_refused_request_nothing_is_stored(world, header):
     answer = await world.http.post("/v1/models/cancer:predict", json={"instances": [[1, 2]] * 5_000}, headers={**ASYNC, **header})
     assert answer.status_code == 400
     assert world.store.contents == stored
+
+
+async def test_no_more_is_accepted_than_can_be_kept_until_it_expires(world, monkeypatch):
+    monkeypatch.setattr("services.gateway.asynchronous.MOST_OPERATIONS", 1)
+    await world.deployed(0.0)
+    first = (await accepted(world)).headers["location"]
+    await ended(world, first)
+    refused = await world.http.post("/v1/models/cancer:predict", json=ROWS, headers=ASYNC)
+    assert (refused.status_code, "kept" in refused.json()["error"]) == (429, True)
+    assert (await world.http.get(first)).json()["status"] == "completed"
+
+
+def test_what_expires_first_makes_room_first(monkeypatch):
+    monkeypatch.setattr("services.gateway.asynchronous.MOST_OPERATIONS", 2)
+    now = [NOW]
+    operations = Operations(lambda: now[0])
+    for name, hours in (("long", 48), ("short", 1)):
+        about = {"operation_id": name, "endpoint_name": "cancer", "principal": "local", "path": "/", "accepted_at": NOW}
+        kept = PredictionAccepted(**about, body=Content(base64="", size_bytes=0), expires_at=NOW + timedelta(hours=hours))
+        operations.apply(cloudevents.write(cloudevents.new_event(kept, "/test", now=NOW)))
+    assert operations.is_full
+    now[0] = NOW + timedelta(hours=2)
+    assert not operations.is_full
+    assert (operations.get("long") is None, operations.get("short") is None) == (False, True)
+
+
+async def test_answers_that_are_kept_have_a_bound(world, monkeypatch):
+    monkeypatch.setattr("services.gateway.asynchronous.MOST_KEPT_BYTES", 1)
+    await world.deployed(0.0)
+    await ended(world, (await accepted(world)).headers["location"])
+    refused = await world.http.post("/v1/models/cancer:predict", json=ROWS, headers=ASYNC)
+    assert refused.status_code == 429
 
 
 async def test_large_bodies_go_through_the_artifact_store(world):
