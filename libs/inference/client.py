@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import orjson
 
 from libs.errors import DeadlineExceededError, MillraceError, UnauthenticatedError
-from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, printable
+from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerHungError, printable
 from libs.inference.requests import InferResponse, Span
 from libs.inference.tensors import Array
 from libs.runner.wire import (
@@ -440,5 +440,6 @@ def _as_error(frame: Frame) -> MillraceError:
         "unauthenticated": UnauthenticatedError,
         "stopping": RunnerGoneError,
         "expired": DeadlineExceededError,
+        "hung": RunnerHungError,
     }
     return kinds.get(kind, MillraceError)(_message(frame))

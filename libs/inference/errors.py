@@ -5,11 +5,13 @@ MillraceError
 │   └── InvalidInputError    the request does not fit the model · 400
 ├── TransientError
 │   └── RunnerGoneError      no runner at the address, or it went away before it answered · 503
+├── DeadlineExceededError
+│   └── RunnerHungError      the model was busy with the request for too long, and its runner ends · 504
 ├── ModelError               the model raised on a valid request · 500
 └── RunnerStartError         the runner did not become ready
 """
 
-from libs.errors import InvalidArgumentError, MillraceError, TransientError
+from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceError, TransientError
 
 
 class InvalidInputError(InvalidArgumentError):
@@ -18,6 +20,10 @@ class InvalidInputError(InvalidArgumentError):
 
 class RunnerGoneError(TransientError):
     """No runner at the address, or it went away before it answered; another one may answer."""
+
+
+class RunnerHungError(DeadlineExceededError):
+    """The model was busy with the request for longer than it may, and its runner ends itself; the same may happen to the next one."""
 
 
 class ModelError(MillraceError):

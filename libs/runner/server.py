@@ -343,7 +343,7 @@ class Server:
             return
         message = f"the model has been busy with one request for more than {limit_s:g} s"
         # Its caller is told, so that nobody tries the same elsewhere; the others are, as the connection ends.
-        request.connection.write(_failure(request.request_id, "expired", message))
+        request.connection.write(_failure(request.request_id, "hung", message))
         with contextlib.suppress(OSError):
             os.write(2, f"{message}: the runner ends itself\n".encode())
         os._exit(HUNG_STATUS)

@@ -144,6 +144,7 @@ def data_plane_limits(settings: Settings) -> DataPlaneLimits:
         timeout_ms=settings.predict_timeout_ms,
         replica_wait_s=settings.replica_wait_ms / 1000,
         accepted=settings.accepted_requests,
+        held_bytes=settings.held_bytes,
         batch=BatchLimits(
             rows=settings.batch_rows,
             size_bytes=settings.batch_bytes,

@@ -14,7 +14,7 @@ from typing import Protocol as Interface
 
 from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceError, NotFoundError, NotReadyError, OverloadedError
 from libs.inference.batches import UnevenBatchError, batch_key, join, row_count, split
-from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
+from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerHungError
 from libs.inference.pool import RunnerPool
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import NoReplicaError, Route
@@ -31,6 +31,9 @@ _PING_TIMEOUT_S = 1.0
 _PING_PAUSE_S = 0.1
 _MOST_ATTEMPTS = 2
 """A request may run twice, never more often: prediction is pure, and one that loses two runners may be the cause."""
+
+_REMEMBERED_REQUESTS = 10_000
+"""Of so many requests the share that may be tried again is kept; a batch alone may hold a thousand."""
 
 _FEW_QUEUED = 4
 """With fewer waiting nobody is refused: what single batches took says too little."""
@@ -56,7 +59,9 @@ class Recorder(Interface):
 
 @dataclass(frozen=True, slots=True)
 class DataPlaneLimits:
-    """How long requests may take and wait, and how often they are tried again.
+    """How long requests may take and wait, how many there may be, and how often they are tried again.
+
+    ``held_bytes`` are the tensors of all accepted requests together.
 
     ``retries_per_request`` of all requests, and ``retries_at_least`` a second besides, may be tried again on another replica: when
     everything is dying, repeating it all would only double the load.
@@ -65,6 +70,7 @@ class DataPlaneLimits:
     timeout_ms: int = 30_000
     replica_wait_s: float = 5.0
     accepted: int = 10_000
+    held_bytes: int = 2**30
     retries_per_request: float = 0.2
     retries_at_least: float = 10.0
     batch: BatchLimits = field(default_factory=BatchLimits)
@@ -87,7 +93,8 @@ class DataPlane:
         self._limits = limits or DataPlaneLimits()
         self._choose = choose
         self._lanes: dict[str, Lane] = {}
-        self._open: set[Pending] = set()
+        self._open: dict[Pending, None] = {}
+        self._held_bytes = 0
         self._retries = _RetryBudget(self._limits.retries_per_request, self._limits.retries_at_least)
         self._probes: dict[Replica, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop
@@ -165,7 +172,7 @@ class DataPlane:
             raise
         now = monotonic()
         pending = Pending(ask, caller, done, now, now + timeout_ms / 1000)
-        self._open.add(pending)
+        self._open[pending] = None
         self._retries.earn()
         self._recorder.accepted(pending)
         pending.timer = self._loop.call_at(pending.deadline_s, self._expire, pending)
@@ -218,7 +225,7 @@ class DataPlane:
         """Parse a request for the version that was chosen, and have it wait for its batch."""
         try:
             if pending.request is None or pending.route is None or pending.route.signature is not route.signature:
-                _parse(pending, route)
+                self._parse(pending, route)
         except MillraceError as error:
             pending.route = route
             self._end(pending, Outcome.FAILED, error)
@@ -238,6 +245,19 @@ class DataPlane:
             # What else this turn of the event loop brings leaves in the same batch.
             lane.flush_is_due = True
             self._loop.call_soon(self._flush, lane, "idle")
+
+    def _parse(self, pending: Pending, route: Route) -> None:
+        held_bytes = self._held_bytes - pending.size_bytes
+        request = pending.ask.parse(route.signature)
+        rows = row_count(request)
+        pending.request = request
+        pending.rows = rows or 1
+        pending.is_alone = pending.is_alone or rows is None
+        pending.key = batch_key(request)
+        pending.size_bytes = size_of(request.inputs)
+        self._held_bytes = held_bytes = held_bytes + pending.size_bytes
+        if held_bytes > self._limits.held_bytes:
+            raise OverloadedError("the requests that are being answered hold as much memory as they may; send it again later")
 
     def _flush(self, lane: Lane, reason: str) -> None:
         """Give batches to all replicas that may have one."""
@@ -302,7 +322,7 @@ class DataPlane:
             lane.release(batch.replica)  # says nothing of how long batches take
         else:
             lane.returned(batch, batch.answered_s - batch.sent_s)
-        if isinstance(answer, RunnerGoneError | NotReadyError):
+        if isinstance(answer, RunnerGoneError | NotReadyError | RunnerHungError):
             lane.lose(batch.replica)
             self._probe(batch.replica)
         if lane.queued:
@@ -345,7 +365,8 @@ class DataPlane:
             self._end(pending, Outcome.COMPLETED, None, outgoing)
 
     def _failed(self, lane: Lane, batch: Batch, error: MillraceError) -> None:
-        if isinstance(error, RunnerGoneError | NotReadyError):
+        hung_together = isinstance(error, RunnerHungError) and len(batch.members) > 1
+        if hung_together or isinstance(error, RunnerGoneError | NotReadyError):
             self._try_again(lane, batch, error)
         elif len(batch.members) > 1 and isinstance(error, InvalidInputError | ModelError):
             # One of them is to blame; half by half it is found, and fails alone.
@@ -434,7 +455,8 @@ class DataPlane:
             return
         pending.is_over = True
         pending.ended_s = monotonic()
-        self._open.discard(pending)
+        self._open.pop(pending, None)
+        self._held_bytes -= pending.size_bytes
         if pending.timer is not None:
             pending.timer.cancel()
         if pending.patience is not None:
@@ -507,7 +529,7 @@ class DataPlane:
 
 
 class _RetryBudget:
-    """How many requests may be tried again: a share of all, and a few a second besides; what is not used lasts for ten seconds.
+    """How many requests may be tried again: a share of the last ones, and a few a second besides.
 
     References
     ----------
@@ -528,22 +550,12 @@ class _RetryBudget:
     def take(self, now_s: float) -> bool:
         """Use one retry, if there is one."""
         earned = (now_s - self._updated_s) * self._per_second if self._updated_s else 0.0
-        self._left = min(self._left + earned, max(self._most, 1000.0 * self._per_request))
+        self._left = min(self._left + earned, max(self._most, _REMEMBERED_REQUESTS * self._per_request))
         self._updated_s = now_s
         if self._left < 1:
             return False
         self._left -= 1
         return True
-
-
-def _parse(pending: Pending, route: Route) -> None:
-    request = pending.ask.parse(route.signature)
-    rows = row_count(request)
-    pending.request = request
-    pending.rows = rows or 1
-    pending.is_alone = rows is None
-    pending.key = batch_key(request)
-    pending.size_bytes = size_of(request.inputs)
 
 
 def _check_room(lane: Lane, timeout_s: float) -> None:

@@ -133,6 +133,9 @@ class Settings(BaseSettings):
         1024, ge=1, description="Most predict requests that wait for one deployment; further ones are refused with 429."
     )
     accepted_requests: int = Field(10_000, ge=1, description="Most predict requests that are answered at once, all deployments together.")
+    held_bytes: int = Field(
+        2**30, ge=2**20, description="Memory for the tensors of all predict requests that are being answered, in bytes; beyond it: 429."
+    )
     async_concurrency: int = Field(16, ge=1, le=1_000, description="Asynchronous predictions that one process carries out at once.")
     async_expiry_s: int = Field(
         86_400, ge=1, le=604_800, description="Time an asynchronous prediction is kept when the caller does not say, in seconds."

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from libs.errors import DeadlineExceededError, MillraceError, NotFoundError, NotReadyError, OverloadedError
-from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
+from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerHungError
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import NoReplicaError, Route
 from schemas.inference import Signature, TensorSpec
@@ -439,6 +439,50 @@ async def test_a_request_that_kills_its_runner_kills_the_next_one_alone(bench):
         await turn()
     assert bench.answers() == {"1": "[1.0]", "3": "[3.0]"}
     assert bench.errors() == {"2": NotReadyError}
+
+
+async def test_what_was_with_a_runner_that_died_is_asked_alone_and_in_order_also_when_the_replica_was_away(bench):
+    for number in (1, 2, 3, 4, 5):
+        bench.ask((number, 0))
+    await turn()
+    bench.route_to()
+    await turn()
+    bench.pool.asked[0].answer(RunnerGoneError("gone"))
+    await turn()
+    bench.route_to(R0)
+    await turn()
+    for number in (1, 2, 3, 4, 5):
+        assert bench.pool.asked[number].rows == [number]
+        bench.pool.asked[number].answer()
+        await turn()
+
+
+async def test_neighbours_of_a_request_that_hangs_are_asked_again_alone(bench):
+    bench.route_to(R0, R1)
+    for number in (1, 2, 3):
+        bench.ask((number, 0), timeout_ms=60_000)
+    await turn()
+    bench.pool.asked[0].answer(RunnerHungError("busy for too long"))
+    await turn()
+    for asked in bench.pool.each_after(0):
+        assert (asked.replica, len(asked.rows)) == (R1, 1)
+        asked.answer(RunnerHungError("busy for too long") if asked.rows == [3] else None)
+        await turn()
+    assert bench.answers() == {"1": "[1.0]", "2": "[2.0]"}
+    assert bench.recorder.ends()["3"] == ["expired"]
+
+
+async def test_tensors_of_accepted_requests_have_a_bound():
+    async with running(held_bytes=64) as bench:
+        bench.ask((1, 0), (2, 0), (3, 0))
+        bench.ask((4, 0), (5, 0))
+        assert bench.errors() == {"4": OverloadedError}
+        await turn()
+        bench.pool.asked[0].answer()
+        bench.ask((6, 0), (7, 0), (8, 0), (9, 0))
+        await turn()
+        bench.pool.asked[1].answer()
+        assert set(bench.answers()) == {"1", "6"}
 
 
 async def test_a_batch_that_fails_after_its_deployment_went_is_asked_of_another(bench):
