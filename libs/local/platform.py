@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -31,6 +30,8 @@ from libs.settings import KafkaSettings
 
 SERVICES = ("registry", "validator", "builder", "serving", "streaming", "gateway")
 _STOP_TIMEOUT_S = 60.0
+_EXIT_TIMEOUT_S = 10.0
+"""How long a supervisor may take to exit that has given its lock up, or was killed."""
 
 
 class BrokerKind(StrEnum):
@@ -469,14 +470,36 @@ def _refuse_if_running(home: Home) -> None:
 
 
 def _stop_supervisor(home: Home, pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    while home.holder() == pid and time.monotonic() < deadline:
+    """Return when the supervisor has ended; its lock is free a moment before."""
+    try:
+        supervisor = psutil.Process(pid)
+        supervisor.terminate()
+    except psutil.NoSuchProcess:
+        supervisor = None
+    _until(lambda: home.holder() != pid, _STOP_TIMEOUT_S)
+    if supervisor is None or (home.holder() != pid and _until(lambda: _has_ended(supervisor), _EXIT_TIMEOUT_S)):
+        return
+    with suppress(psutil.NoSuchProcess):
+        supervisor.kill()
+    _until(lambda: _has_ended(supervisor), _EXIT_TIMEOUT_S)
+
+
+def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Wait for something; False when it has not happened in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
-    if home.holder() == pid:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether a process is gone, or only not yet collected by its parent."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 _FAILURES: dict[str, type[MillraceError]] = {kind.__name__: kind for kind in (AlreadyRunningError, PortTakenError, KafkaUnavailableError)}
