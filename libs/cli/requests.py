@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="See what became of requests.", rich_markup_mode=None, no_args_is_help=True)
 
-_ATTEMPTS = 4
+_ATTEMPTS = 10
 _PAUSE_S = 1.5
 """A living gateway says at least once a second what it has counted, to the log and to the other workers; so long nothing agrees exactly."""
 

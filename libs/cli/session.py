@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from libs.cli.settings import CliSettings
 
 
-SPANS_TIMEOUT_S = 2.0
+SPANS_TIMEOUT_S = 10.0
+"""A limit, which only a collector that does not answer makes anybody wait for."""
 
 
 @dataclass(frozen=True)

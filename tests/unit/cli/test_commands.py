@@ -226,4 +226,4 @@ def test_a_collector_that_is_down_does_not_fail_a_command(gateway: FakeGateway) 
     began = time.monotonic()
     shown = run_millrace("models", "list", MILLRACE_URL=gateway.url, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 20
