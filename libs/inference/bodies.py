@@ -29,12 +29,34 @@ def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
         Empty, not JSON (also NaN, Infinity, numbers beyond float64, and bytes that are not UTF-8), not an object, a name given twice, or
         more than ``MAX_CONTAINERS`` lists and objects or ``MAX_VALUES`` values.
     """
+    check_size(body)
+    return parse_bounded(body)
+
+
+def check_size(body: bytes | bytearray | memoryview) -> None:
+    """Refuse a body that would be too much to parse.
+
+    Raises
+    ------
+    InvalidInputError
+        Empty, or more than ``MAX_CONTAINERS`` lists and objects or ``MAX_VALUES`` values.
+    """
     if not body:
         raise InvalidInputError("the request body is empty")
     if len(body) > MAX_CONTAINERS and _count(body, b"[") + _count(body, b"{") > MAX_CONTAINERS:
         raise InvalidInputError(f"the request body has more than {MAX_CONTAINERS} lists and objects")
     if len(body) > MAX_VALUES and _count(body, b",") > MAX_VALUES:
         raise InvalidInputError(f"the request body has more than {MAX_VALUES} values; send so many as a binary tensor (V2)")
+
+
+def parse_bounded(body: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """Parse as ``parse_object`` does a body whose size was checked already.
+
+    Raises
+    ------
+    InvalidInputError
+        It is not a JSON object, or gives a name twice.
+    """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:

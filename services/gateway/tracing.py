@@ -30,7 +30,7 @@ class Tracing:
     Parameters
     ----------
     ratio
-        Share of requests without a ``traceparent`` that are traced; with one, the caller has decided.
+        Share of requests without a valid ``traceparent`` that are traced; with one, the caller has decided.
     """
 
     def __init__(self, ratio: float, choose: Callable[[], float] = random.random) -> None:
@@ -49,8 +49,10 @@ class Tracing:
         return traceparent is not None or self._choose() < self._ratio
 
     def begin(self, name: str, traceparent: bytes | None, attributes: Mapping[str, str | int]) -> Span | None:
-        """A server span of a request that is wanted; None when its caller does not trace."""
+        """A server span of a request that is wanted; None when its caller does not trace, or says nothing that can be read."""
         parent = telemetry.extract(traceparent.decode("latin-1")) if traceparent is not None else None
+        if traceparent is not None and not trace.get_current_span(parent).get_span_context().is_valid and not self.wants(None):
+            return None
         span = telemetry.tracer().start_span(name, parent, SpanKind.SERVER, {**attributes, telemetry.DECIDED: True})
         return span if span.is_recording() else None
 

@@ -178,6 +178,20 @@ def test_python_s_nan_and_infinity_are_understood():
             tabular.parse_json(broken, NAMED)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"instances": [NaN' + b",[]" * 2_000_001, "more than 2000000 lists and objects"),
+        (b'{"instances": [NaN' + b",1" * 8_000_001, "more than 8000000 values"),
+        (b'{"instances": [NaN' + b" " * tabular.MAX_LENIENT_BYTES + b"]}", "send null for a missing number, or binary tensors"),
+    ],
+)
+def test_nan_does_not_lift_the_bounds_of_a_body(body, message, monkeypatch):
+    monkeypatch.setattr(tabular.json, "loads", lambda *_, **__: pytest.fail("parsed without bounds"))
+    with pytest.raises(InvalidInputError, match=message):
+        tabular.parse_json(body, NAMED)
+
+
 def test_instances_and_inputs_are_v1s_and_params_name_outputs():
     request = tabular.parse_json(b'{"instances": [[1, 2, 3]], "params": {"outputs": ["predict"], "x": 1}}', NAMED)
     assert (rows(request), request.outputs, request.parameters["x"]) == ([[1, 2, 3]], ("predict",), 1)
