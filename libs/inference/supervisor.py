@@ -248,7 +248,9 @@ def _listen(address: str) -> tuple[socket.socket, str]:
 
 
 def _spawn(spec: RunnerSpec, listener: socket.socket, ready_sender: int) -> subprocess.Popen[bytes]:
-    command = [str(spec.python), "-I", "-B", str(RUNNER_DIRECTORY)]
+    # The interpreter that the environment's link leads to, and without `site`: nothing that packages brought (pyvenv.cfg, *.pth,
+    # sitecustomize) is read before the cage is closed.
+    command = [os.path.realpath(spec.python), "-I", "-S", "-B", str(RUNNER_DIRECTORY), "--python", str(spec.python.absolute())]
     command += ["--fd", str(listener.fileno()), "--ready-fd", str(ready_sender)]
     command += ["--artifact", str(spec.artifact.resolve()), "--format", spec.format]
     command += ["--scratch", str(spec.scratch.resolve()), "--cage", spec.cage.to_json()]

@@ -1,4 +1,4 @@
-"""Entry point of ``python -I -B <this directory> …``.
+"""Entry point of ``python -I -S -B <this directory> …``.
 
 The directory is registered as the package ``millrace_runner`` and taken off ``sys.path``: its modules can use
 relative imports, and no module of a model can be confused with one of ours.

@@ -110,7 +110,7 @@ class CageReport:
         return dict(self.layers)
 
 
-def apply(spec: CageSpec, *, artifact: str, scratch: str | None) -> CageReport:
+def apply(spec: CageSpec, *, environment: str, artifact: str, scratch: str | None) -> CageReport:
     """Apply the layers to this process, for good, and report each as ``active`` or with the reason why not.
 
     Call it from the main thread before any other thread starts: Landlock and seccomp bind the calling thread and
@@ -126,7 +126,7 @@ def apply(spec: CageSpec, *, artifact: str, scratch: str | None) -> CageReport:
         "limits": lambda: _limit(spec),
         "capabilities": _drop_capabilities,
         "no_new_privileges": lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1),
-        "landlock": lambda: _restrict_files(readable_paths(artifact), scratch),
+        "landlock": lambda: _restrict_files(readable_paths(environment, artifact), scratch),
         "seccomp": _filter_system_calls,
     }
     report = CageReport()
@@ -235,12 +235,12 @@ _SYSTEM_PATHS = (
 )
 
 
-def readable_paths(artifact: str) -> list[str]:
-    """Return every path that a runner of this environment reads; a path that does not exist is left out."""
+def readable_paths(environment: str, artifact: str) -> list[str]:
+    """Return every path that a runner of the environment (a directory) reads; a path that does not exist is left out."""
     here = os.path.dirname(os.path.abspath(__file__))
     # Not the base prefix as a whole: that may be /usr, and a home may lie below it.
     base = [os.path.join(prefix, part) for prefix in (sys.base_prefix, sys.base_exec_prefix) for part in ("bin", "lib", "lib64", "share")]
-    wanted = [*_SYSTEM_PATHS, sys.prefix, *base, here, artifact]
+    wanted = [*_SYSTEM_PATHS, environment, *base, here, artifact]
     return [path for path in dict.fromkeys(wanted) if path and os.path.exists(path)]
 
 

@@ -1,4 +1,4 @@
-"""From the command line to the serving loop: cage first, then the libraries, then the artifact.
+"""From the command line to the serving loop: cage first, then the environment, the libraries and the artifact.
 
 What the supervisor hands over: a listening socket (``--fd``), a pipe for the one line that says how the start went
 (``--ready-fd``), and a pipe as standard input, whose first line is ``{"token": "…"}`` and whose end is ours.
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import site
 import socket
 import sys
 import threading
@@ -35,12 +36,18 @@ def main(arguments: Sequence[str]) -> int:
     token, lifeline = _take_token()
     ready = os.fdopen(options.ready_fd, "w", encoding="utf-8")
     try:
-        report = cage.apply(cage.CageSpec.from_json(options.cage), artifact=options.artifact, scratch=options.scratch)
+        report = cage.apply(
+            cage.CageSpec.from_json(options.cage),
+            environment=_environment_of(options.python),
+            artifact=options.artifact,
+            scratch=options.scratch,
+        )
     except cage.CageError as error:
         _say(ready, {"ready": False, "error": {"kind": "cage", "message": str(error)}})
         return 3
     # Only now: a thread that runs already would stay outside of the cage.
     threading.Thread(target=_exit_with_supervisor, args=(lifeline,), name="lifeline", daemon=True).start()
+    _enter_environment(options.python)
     return _serve(options, token, ready, report)
 
 
@@ -48,12 +55,27 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="runner", description="Load one model and answer batches on a socket.")
     parser.add_argument("--fd", type=int, required=True, help="listening socket")
     parser.add_argument("--ready-fd", type=int, required=True, help="pipe for the line that says how the start went")
+    parser.add_argument("--python", required=True, help="the environment's link to this interpreter")
     parser.add_argument("--artifact", required=True, help="path of the model's file")
     parser.add_argument("--format", required=True, help="sklearn or onnx")
     parser.add_argument("--scratch", default=None, help="the only directory that may be written")
     parser.add_argument("--predict-timeout-s", type=float, default=None, help="a model busy with one request for longer hangs; end then")
     parser.add_argument("--cage", default="{}", help="CageSpec as JSON")
     return parser.parse_args(arguments)
+
+
+def _environment_of(python: str) -> str:
+    return os.path.dirname(os.path.dirname(python))
+
+
+def _enter_environment(python: str) -> None:
+    """Make the environment's packages importable, as if its own link had been started; this runs ``*.pth`` files and ``sitecustomize``."""
+    sys.executable = python
+    os.environ.pop("__PYVENV_LAUNCHER__", None)  # set by interpreters of macOS; `site` would look beside it instead
+    environment = _environment_of(python)
+    if os.path.exists(os.path.join(environment, "pyvenv.cfg")):
+        sys.prefix = sys.exec_prefix = environment
+    site.main()
 
 
 def _take_token() -> tuple[str, int]:

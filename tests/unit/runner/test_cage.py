@@ -1,7 +1,11 @@
 """What a caged artifact cannot do, tried from inside one; and what happens when a layer is missing."""
 
+import contextlib
 import json
 import sys
+import sysconfig
+import venv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +81,40 @@ async def test_a_socket_on_load_is_refused_and_said(tmp_path: Path) -> None:
     assert caught.value.kind == "forbidden"
 
 
-async def test_a_missing_required_layer_refuses_the_start(tmp_path: Path) -> None:
-    from dataclasses import replace
+@linux
+@pytest.mark.parametrize("file", ["planted.pth", "sitecustomize.py"])
+async def test_what_an_environment_runs_at_start_runs_in_the_cage(file: str, tmp_path: Path) -> None:
+    python = planted(tmp_path / "environment", file)
+    without_landlock = replace(STRICT, required=(), layers=tuple(layer for layer in cage.LINUX_LAYERS if layer != "landlock"))
+    async with running(row_sums(), tmp_path, python=python, cage=without_landlock) as runner:
+        assert "PermissionError" in runner.log_tail()
+        assert "a socket was made" not in runner.log_tail()
 
+
+@linux
+async def test_a_package_cannot_name_another_standard_library(tmp_path: Path) -> None:
+    """A wheel may bring a ``pyvenv.cfg``, where an interpreter that is started through the environment finds its own modules."""
+    python = planted(tmp_path / "environment", "planted.pth")
+    (tmp_path / "environment" / "pyvenv.cfg").write_text(f"home = {tmp_path / 'environment' / 'bin'}\n")
+    encodings = Path(python).parents[1] / "lib" / python.name / "encodings"
+    encodings.mkdir()
+    (encodings / "__init__.py").write_text(f"import posix; posix.mkdir({str(tmp_path / 'ran')!r})\n")
+    (encodings.parent / "os.py").touch()
+    with contextlib.suppress(RunnerStartError):
+        await (await RunnerProcess.start(spec(row_sums(), tmp_path, python=python))).stop()
+    assert not (tmp_path / "ran").exists()
+
+
+def planted(environment: Path, file: str) -> Path:
+    """An environment with the packages of this one and a line of code that Python runs when it starts; returns its interpreter."""
+    venv.create(environment, symlinks=True)
+    (packages,) = environment.glob("lib/*/site-packages")
+    (packages / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / file).write_text("import socket; socket.socket(); print('a socket was made', flush=True)\n")
+    return environment / "bin" / packages.parent.name
+
+
+async def test_a_missing_required_layer_refuses_the_start(tmp_path: Path) -> None:
     unmet = replace(STRICT, required=("vacuum",))
     with pytest.raises(RunnerStartError, match="the sandbox layer 'vacuum' is required but is not active: unknown layer") as caught:
         await RunnerProcess.start(spec(row_sums(), tmp_path, cage=unmet))
