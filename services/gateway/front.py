@@ -262,8 +262,9 @@ class Front:
 
     async def _ask_api(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> MillraceError | None:
         route = visit.admission.found.route
-        scope = {**scope}
-        if route is not None and route.door is Door.API:
+        assert route is not None  # noqa: S101 - or it would have been turned away
+        scope = {**scope, "method": route.method}  # of HEAD: GET
+        if route.door is Door.API:
             body = await read_body(receive, dict(scope["headers"]), self._management_max_bytes)
             scope["headers"] = _as_json(scope["headers"])
             receive = _replayed(bodies.portable(bytes(body)) if body else b"", receive)

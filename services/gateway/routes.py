@@ -136,7 +136,11 @@ class Found:
 
 
 def find(method: str, raw_path: str) -> Found:
-    """Look a request line up; ``raw_path`` is still percent-encoded, so that an encoded slash stays inside its segment."""
+    """Look a request line up; ``raw_path`` is still percent-encoded, so that an encoded slash stays inside its segment.
+
+    ``HEAD`` leads where ``GET`` does: the server leaves the body of the answer out.
+    """
+    wanted = "GET" if method == "HEAD" else method
     try:
         segments = [_decoded(segment) for segment in raw_path.split("/")]
     except InvalidArgumentError as error:
@@ -148,11 +152,11 @@ def find(method: str, raw_path: str) -> Found:
         if parameters is None:
             continue
         problem = _problem(parameters)
-        if route.method == method and not (problem and fits_another):
+        if route.method == wanted and not (problem and fits_another):
             return Found(route, parameters, problem)
         fits_another = fits_another or problem is None
-        if route.method not in (method, *allowed):
-            allowed.append(route.method)
+        if route.method not in (wanted, *allowed):
+            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
     if allowed:
         return Found(None, error=MethodNotAllowedError(f"{raw_path[:200]} does not take {method}; it takes {', '.join(allowed)}", allowed))
     return Found(None, error=NotFoundError(f"there is nothing at {raw_path[:200]}"))

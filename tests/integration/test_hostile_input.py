@@ -670,10 +670,13 @@ async def test_no_method_on_any_route_is_an_accident(gateway):
                 continue
             data = await sent(gateway, request(path, method=method))
             (answer,) = answers_in(data, bodiless=method == "HEAD")
-            assert answer.status == 405, (method, path, answer)
-            assert method not in answer.headers["allow"].split(", ")
             if method == "HEAD":
                 assert data.endswith(b"\r\n\r\n")
+            if method == "HEAD" and ("GET", path) in taken:
+                assert answer.status in (200, 400, 404, 409), (path, answer)
+                continue
+            assert answer.status == 405, (method, path, answer)
+            assert method not in answer.headers["allow"].split(", ")
 
 
 async def test_informational_routes_pass_bodies_and_queries_over_or_refuse_them(gateway):

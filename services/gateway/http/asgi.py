@@ -170,12 +170,14 @@ class AsgiRun:
         self._stays = not closes and self._link.stays_open(self._exchange)
         self._top = answers.STATUS_LINES[status] + answers.rendered(fields) + answers.ending(self._exchange.http_version, self._stays)
         self.has_started = True
-        if self._left_bytes is None:
+        if self._exchange.method == "HEAD":  # that is all of it, also of a stream that would never end
+            self._flush(b"")
+            self._end()
+            self._is_gone = True
+        elif self._left_bytes is None:
             self._flush(b"")
 
     def _body(self, body: bytes, *, more: bool) -> None:
-        if self._exchange.method == "HEAD":
-            body = b""
         if self._is_chunked:
             framed = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
             self._flush(framed if more else framed + b"0\r\n\r\n")
@@ -186,11 +188,14 @@ class AsgiRun:
                     raise RuntimeError("the body of an answer does not have its content-length")
             self._flush(body)
         if not more:
-            self._is_ended = True
-            self._pieces.clear()
-            self._waiting_bytes = 0
-            _set(self._readable)
-            self._link.end_answer(self._exchange, self._stays)
+            self._end()
+
+    def _end(self) -> None:
+        self._is_ended = True
+        self._pieces.clear()
+        self._waiting_bytes = 0
+        _set(self._readable)
+        self._link.end_answer(self._exchange, self._stays)
 
     def _flush(self, data: bytes) -> None:
         if self._top or data:

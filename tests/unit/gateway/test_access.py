@@ -198,8 +198,16 @@ def test_what_has_no_route():
     assert isinstance(find("GET", "/x%ff").error, Exception)
     wrong_method = find("PATCH", "/api/v1/endpoints").error
     assert isinstance(wrong_method, MethodNotAllowedError)
-    assert wrong_method.allowed == ("POST", "GET")
+    assert wrong_method.allowed == ("POST", "GET", "HEAD")
     assert find("GET", "/v1/models/a:predict").error is not None
+
+
+def test_head_is_looked_up_as_get():
+    for path in ("/healthz", "/api/v1/models/m", "/v2/models/m"):
+        assert find("HEAD", path).route is find("GET", path).route is not None
+    error = find("HEAD", "/invocations").error
+    assert isinstance(error, MethodNotAllowedError)
+    assert error.allowed == ("POST",)
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "01", "1.5", "Prod", "1" * 30, "²"])

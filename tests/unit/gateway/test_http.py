@@ -972,6 +972,19 @@ class TestAsgi:
         assert (line.statuses, line.answers[0].body) == ([200], b"")
         assert line.send(HEAD) is line
 
+    async def test_a_stream_is_over_for_head_when_it_begins(self, start):
+        heard = []
+
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+            await send({"type": "http.response.body", "body": b"data", "more_body": True})
+            heard.append(await receive())
+
+        line = start(app).send(HEAD + HEAD)
+        await self.reached(lambda: len(heard) == 2)
+        assert ([message["type"] for message in heard], line.is_over) == (["http.disconnect"] * 2, False)
+        assert [answer.body for answer in line.answers] == [b"", b""]
+
     async def test_it_hears_that_the_client_is_gone(self, start):
         heard = []
 

@@ -50,6 +50,18 @@ async def test_dots_in_a_path_are_a_name_and_not_a_way_up(served):
     assert b"1 to 63 letters, digits" in answer
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/healthz", "/metrics", "/v2", "/api/v1/endpoints", "/openapi.json", "/docs", "/api/v1/events?follow=true", "/api/v1/models/none"],
+)
+async def test_head_is_answered_as_get_without_the_body(served, path):
+    request = f"HEAD {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    head, end, body = (await raw(served, request.encode())).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404" if path.endswith("/none") else b"HTTP/1.1 200")
+    assert b"content-type: " in head
+    assert (end, body) == (b"\r\n\r\n", b"")
+
+
 async def test_a_refused_upload_hears_why_although_it_is_still_sending(tmp_path, make, monkeypatch):
     monkeypatch.setenv("ARTIFACTS_MAX_BYTES", "100000")
 
