@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from services.serving.spec import Places, ReplicaSpec
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
 KEY = b"0123456789abcdef" * 4
+PATIENCE_S = 120.0
+"""Generous: only what never happens takes so long."""
+
 POINTS = np.array([[0.0, 0.0], [1.0, 1.0], [0.2, 0.9]])
 
 
@@ -72,10 +76,10 @@ class Head:
 
     def stop(self) -> None:
         self.process.terminate()
-        assert self.process.wait(20) == 0
+        assert self.process.wait(PATIENCE_S) == 0
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 40) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -156,7 +160,7 @@ async def serve(head: Head, spec: ReplicaSpec) -> AsyncIterator[Any]:
 
 
 async def until(serve: Any, condition: Callable[[dict[str, ActualDeployment]], bool]) -> dict[str, ActualDeployment]:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition(status := await serve.status()):  # noqa: ASYNC110 (Serve is asked; it does not tell)
             await asyncio.sleep(0.05)
     return status
@@ -174,7 +178,7 @@ async def predict(actual: ActualDeployment) -> list[int]:
     replica = actual.replicas[0]
     client = RunnerClient(replica.address, runner_token(KEY, replica.replica_id))
     try:
-        answer = await client.infer({"input": POINTS}, timeout_s=10)
+        answer = await client.infer({"input": POINTS}, timeout_s=PATIENCE_S)
     finally:
         await client.close()
     return [int(value) for value in answer.outputs["predict"]]
@@ -182,6 +186,20 @@ async def predict(actual: ActualDeployment) -> list[int]:
 
 def runners(head: Head) -> list[psutil.Process]:
     return [process for process in head.processes() if not is_gone(process) and str(Path("libs", "runner")) in " ".join(process.cmdline())]
+
+
+@contextmanager
+def held_back(artifact: Path) -> Iterator[None]:
+    """Whoever reads the artifact waits until the end of the block; then it is empty once, and as it was the next time."""
+    aside = artifact.with_suffix(".aside")
+    artifact.rename(aside)
+    os.mkfifo(artifact)
+    both_ends = os.open(artifact, os.O_RDWR)
+    try:
+        yield
+    finally:
+        aside.replace(artifact)
+        os.close(both_ends)
 
 
 async def test_a_deployed_model_answers(serve: Any, spec: ReplicaSpec) -> None:
@@ -202,16 +220,17 @@ async def test_without_the_token_nobody_gets_in(serve: Any, head: Head, token: s
     with grpc.insecure_channel(head.address) as channel:
         nodes = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         with pytest.raises(grpc.RpcError) as refused:
-            nodes.GetAllNodeInfo(gcs_service_pb2.GetAllNodeInfoRequest(), metadata=metadata, timeout=10)
+            nodes.GetAllNodeInfo(gcs_service_pb2.GetAllNodeInfoRequest(), metadata=metadata, timeout=PATIENCE_S)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_a_killed_runner_is_withdrawn_and_replaced(serve: Any, head: Head, spec: ReplicaSpec) -> None:
     before = await ready(serve, spec.deployment_id)
     (runner,) = runners(head)
-    runner.kill()
-    withdrawn = (await until(serve, lambda status: not status[spec.deployment_id].replicas))[spec.deployment_id]
-    assert "SIGKILL" in withdrawn.message
+    with held_back(spec.places.artifact_cache_dir / spec.artifact_sha256):
+        runner.kill()
+        withdrawn = (await until(serve, lambda status: not status[spec.deployment_id].replicas))[spec.deployment_id]
+        assert "SIGKILL" in withdrawn.message
     after = await ready(serve, spec.deployment_id)
     assert [replica.replica_id for replica in after.replicas] == [replica.replica_id for replica in before.replicas]
     assert await predict(after) == [0, 1, 1]
@@ -253,7 +272,7 @@ async def test_what_a_killed_process_deployed_goes_on_running(serve: Any, head: 
         sys.executable, "-c", DEPLOYS, head.address, other.model_dump_json(), stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readuntil(b"deployed\n"), 40)
+    assert await asyncio.wait_for(process.stdout.readuntil(b"deployed\n"), PATIENCE_S)
     process.kill()
     await process.wait()
     assert await predict(await ready(serve, other.deployment_id)) == [0, 1, 1]
@@ -285,6 +304,6 @@ async def test_killing_the_head_leaves_nothing(tmp_path: Path, victim: str) -> N
     processes = head.processes()
     assert listeners(processes) == {"127.0.0.1", "::ffff:127.0.0.1"}
     os.kill(processes[0 if victim == "launcher" else 1].pid, signal.SIGKILL)
-    head.process.wait(20)
-    wait_until(lambda: all(is_gone(process) for process in processes), timeout_s=10)
-    wait_until(lambda: not head.directory.exists(), timeout_s=10)
+    head.process.wait(PATIENCE_S)
+    wait_until(lambda: all(is_gone(process) for process in processes), timeout_s=30)  # Ray itself would notice after 60 s
+    wait_until(lambda: not head.directory.exists())
