@@ -112,11 +112,12 @@ Open = Callable[[Stream, Head, CallLimits], Receiver]
 class Method:
     """A method: its path as a row of the table of routes, which says who may use it, and what a call of it begins with.
 
-    ``refused`` is told when a call is turned away before it begins.
+    ``limits`` are its own; None: those that the server has for all. ``refused`` is told when a call is turned away before it begins.
     """
 
     route: HttpRoute
     open: Open
+    limits: CallLimits | None = None
     refused: Callable[[MillraceError], None] | None = None
 
 
@@ -161,7 +162,7 @@ class Router:
         template, peer = method.route.template, stream.connection.peer
         span = spans.start(self._tracing, template, headers.get(b"traceparent"), peer, request_id)
         head = Head(template, request_id, headers, principal, deadline_s, encoding, span)
-        return method.open(stream, head, self._limits)
+        return method.open(stream, head, method.limits or self._limits)
 
 
 class _Call:
@@ -256,7 +257,7 @@ class UnaryCall(_Call):
             self._body = bytearray()
         self._limits.budget.take(len(chunk))
         self._body += chunk
-        framing.announced(self._body, self._limits.message_bytes)
+        framing.only_announced(self._body, self._limits.message_bytes)
         if not is_last:
             return None
         body = self._body
@@ -343,6 +344,8 @@ class StreamCall(_Call):
         except MillraceError as error:
             self.fail(error)
             return
+        if not self._body:
+            self.stream.begin_message(len(chunk))
         self._body += chunk
         self._has_ended = self._has_ended or is_last
         self.resume()
@@ -372,6 +375,8 @@ class StreamCall(_Call):
             del body[:end]
             self._limits.budget.give(end)
             self.stream.consumed(end)
+            if body:
+                self.stream.begin_message(len(body))
             self._session.message(framing.opened(flag, message, self.head.encoding, max_bytes))
         if self._has_ended and not self._is_over and not self.is_full:
             if body:
@@ -396,6 +401,11 @@ class StreamCall(_Call):
             self._close(error)
             self._session.gone()
             self.stream.end(encode(_error(error, self.head.request_id)), at_once=True)
+
+    def expire(self, error: DeadlineExceededError) -> None:
+        """Give up if it is a message that does not become complete; between messages, and while none is taken, a stream may be silent."""
+        if self._body and not self.is_full:
+            self.fail(error)
 
     def drained(self) -> None:
         self._session.drained()

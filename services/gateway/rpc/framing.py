@@ -41,6 +41,22 @@ def announced(body: bytes | bytearray, max_bytes: int) -> int | None:
     return PREFIX.size + length
 
 
+def only_announced(body: bytes | bytearray, max_bytes: int) -> int | None:
+    """``announced`` for a call that takes one message.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is more than the message.
+    PayloadTooLargeError
+        The message would be longer than ``max_bytes``.
+    """
+    end = announced(body, max_bytes)
+    if end is not None and end < len(body):
+        raise InvalidArgumentError("the method takes one message; more came")
+    return end
+
+
 def only_message(body: bytes | bytearray, encoding: str | None, max_bytes: int) -> bytes:
     """The message of a call that takes one.
 
@@ -51,11 +67,9 @@ def only_message(body: bytes | bytearray, encoding: str | None, max_bytes: int) 
     PayloadTooLargeError
         It is longer than ``max_bytes``, or would be when decompressed.
     """
-    end = announced(body, max_bytes)
+    end = only_announced(body, max_bytes)
     if end is None or end > len(body):
         raise InvalidArgumentError("the request ended before its message was complete")
-    if end < len(body):
-        raise InvalidArgumentError("the method takes one message; more came")
     return opened(body[0], bytes(memoryview(body)[PREFIX.size :]), encoding, max_bytes)
 
 

@@ -90,8 +90,10 @@ class Limits:
         Seconds until the preface must be complete, and a header block or frame that has begun.
     idle_s
         Seconds without a stream after which a connection is told to go away.
-    body_s, body_bytes_per_s
-        A request must be complete after so many seconds, or have come at this pace.
+    bytes_per_s
+        Slowest pace of what the peer sends, in bytes per second.
+    body_s
+        A message must be complete after so many seconds, or come at the pace: each such period is looked at by itself.
     write_s
         Seconds in which a client must take something of what is sent to it.
     """
@@ -104,8 +106,8 @@ class Limits:
     first_request_s: float = 10.0
     block_s: float = 10.0
     idle_s: float = 600.0
+    bytes_per_s: float = 1024.0
     body_s: float = 60.0
-    body_bytes_per_s: float = 1024.0
     write_s: float = 60.0
 
 
@@ -137,6 +139,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_coming_s",
         "_expected",
         "_has_waited",
         "_outbox",
@@ -165,6 +168,7 @@ class Stream:
         self._outbox: deque[memoryview] | None = None
         self._has_waited = False
         self._stuck_s: float | None = None
+        self._coming_s = opened_s
         self._received = 0
         self._expected: int | None = None
         self._trailers: bytes | None = None
@@ -281,7 +285,8 @@ class Stream:
         self._expected = int(length)
 
     def count(self, size: int) -> None:
-        """Count data towards what was announced."""
+        """Count data: towards what was announced, and as progress."""
+        self._received += size
         if self._expected is not None:
             self._expected -= size
 
@@ -296,13 +301,19 @@ class Stream:
         return self._stuck_s is not None and now_s - self._stuck_s > write_s
 
     def is_late(self, now_s: float, limits: Limits) -> bool:
-        """Whether the request ought to be complete by now."""
-        waited_s = now_s - self.opened_s
-        return not self.has_ended and waited_s > limits.body_s and self._received < waited_s * limits.body_bytes_per_s
+        """Whether what the peer has to send came too slowly in the period that is over now; then the next one begins."""
+        if self.has_ended or now_s - self._coming_s <= limits.body_s:
+            return False
+        is_slow = self._received < limits.body_s * limits.bytes_per_s
+        self._coming_s, self._received = now_s, 0
+        return is_slow
+
+    def begin_message(self, size: int) -> None:
+        """A message that has a time of its own has begun; so many bytes of it are there."""
+        self._coming_s, self._received = self.connection.now_s, size
 
     def arrived(self, size: int) -> None:
         """Account for data of the peer."""
-        self._received += size
         self._recv_window -= size
         if self._recv_window < 0:
             raise _StreamFault(ErrorCode.FLOW_CONTROL_ERROR)
@@ -493,7 +504,7 @@ class Connection(asyncio.Protocol):
                 self._reset(stream.id, ErrorCode.CANCEL)
 
     def late(self, now_s: float) -> list[Stream]:
-        """Streams whose request ought to be complete by now."""
+        """Streams on which the peer sends too slowly."""
         return [stream for stream in self._streams.values() if stream.is_late(now_s, self._limits)]
 
     def leave(self) -> None:

@@ -10,7 +10,7 @@ import orjson
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError, Message
 
-from libs.errors import DeadlineExceededError, MillraceError, NotFoundError, PayloadTooLargeError
+from libs.errors import DeadlineExceededError, MillraceError, NotFoundError
 from libs.inference import v2_grpc
 from libs.inference.errors import InvalidInputError
 from libs.inference.oip_proto import open_inference_pb2 as oip
@@ -23,8 +23,6 @@ from services.gateway.refusals import Refused, nobody, reason_of
 from services.gateway.rpc.calls import Head, StreamCall, UnaryCall
 
 SERVICE = "inference.GRPCInferenceService"
-
-_MOST_TOLD_BYTES = 65_536
 
 MOST_ASKED = 64
 """Requests of one stream that are under way at once; further ones wait where they are, and the client with them."""
@@ -256,8 +254,6 @@ M = TypeVar("M", bound=Message)
 
 
 def _parsed(kind: type[M], message: bytes) -> M:
-    if len(message) > _MOST_TOLD_BYTES:
-        raise PayloadTooLargeError(f"a {kind.__name__} has {len(message)} bytes; at most {_MOST_TOLD_BYTES} are accepted")
     try:
         return kind.FromString(message)
     except DecodeError as error:

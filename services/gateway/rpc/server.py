@@ -17,7 +17,7 @@ from services.gateway.predictions import Handler
 from services.gateway.refusals import Refused, nobody
 from services.gateway.routes import Door, HttpRoute, Permission
 from services.gateway.rpc import health, inference, reflection
-from services.gateway.rpc.calls import Budget, CallLimits, Method, Open, Router, UnaryCall, streaming, told, unary
+from services.gateway.rpc.calls import Budget, CallLimits, Method, Open, Router, StreamCall, UnaryCall, streaming, told, unary
 from services.gateway.rpc.framing import PREFIX
 from services.gateway.rpc.health import HealthService
 from services.gateway.rpc.http2 import Connection, Limits
@@ -29,6 +29,11 @@ from services.gateway.tracing import Tracing
 _SWEEP_S = 1.0
 _BACKLOG = 1024
 
+_SMALL_BYTES = 65_536
+_SMALL_BUFFERED_BYTES = 16 * 2**20
+"""Largest message of a method that takes no tensors, and memory for all of those that are not complete. Some need no key: who has none may not
+use up the memory that predictions are received in."""
+
 
 def methods(
     dataplane: DataPlane, told_by_rest: Mapping[tuple[str, str], Handler], state: Health, refused: Refused = nobody
@@ -37,28 +42,33 @@ def methods(
     service = InferenceService(dataplane, told_by_rest, refused)
     healthy = HealthService(state, (inference.SERVICE,))
     reflected = Reflection((open_inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR))
-    predict = Permission.PREDICT
+    predict, small = Permission.PREDICT, CallLimits(_SMALL_BYTES, Budget(_SMALL_BUFFERED_BYTES))
     return [
-        _method(inference.SERVICE, "ModelInfer", predict, unary(service.infer, service.refuse), service.refuse),
-        _method(inference.SERVICE, "ModelStreamInfer", predict, streaming(service.infer_stream), service.refuse),
-        _method(inference.SERVICE, "ServerLive", None, told(service.server_live)),
-        _method(inference.SERVICE, "ServerReady", None, told(service.server_ready)),
-        _method(inference.SERVICE, "ServerMetadata", predict, told(service.server_metadata)),
-        _method(inference.SERVICE, "ModelReady", predict, told(service.model_ready)),
-        _method(inference.SERVICE, "ModelMetadata", predict, told(service.model_metadata)),
-        _method(inference.SERVICE, "RepositoryIndex", predict, told(service.index)),
-        _method(inference.SERVICE, "RepositoryModelLoad", predict, told(service.load)),
-        _method(inference.SERVICE, "RepositoryModelUnload", predict, told(service.unload)),
-        _method(health.SERVICE, "Check", None, unary(healthy.check)),
-        _method(health.SERVICE, "Watch", None, streaming(healthy.watch)),
-        *(_method(name, "ServerReflectionInfo", predict, streaming(reflected.open)) for name in reflection.SERVICES),
+        _method(inference.SERVICE, "ModelInfer", predict, unary(service.infer, service.refuse), refused=service.refuse),
+        _method(inference.SERVICE, "ModelStreamInfer", predict, streaming(service.infer_stream), refused=service.refuse),
+        _method(inference.SERVICE, "ServerLive", None, told(service.server_live), small),
+        _method(inference.SERVICE, "ServerReady", None, told(service.server_ready), small),
+        _method(inference.SERVICE, "ServerMetadata", predict, told(service.server_metadata), small),
+        _method(inference.SERVICE, "ModelReady", predict, told(service.model_ready), small),
+        _method(inference.SERVICE, "ModelMetadata", predict, told(service.model_metadata), small),
+        _method(inference.SERVICE, "RepositoryIndex", predict, told(service.index), small),
+        _method(inference.SERVICE, "RepositoryModelLoad", predict, told(service.load), small),
+        _method(inference.SERVICE, "RepositoryModelUnload", predict, told(service.unload), small),
+        _method(health.SERVICE, "Check", None, unary(healthy.check), small),
+        _method(health.SERVICE, "Watch", None, streaming(healthy.watch), small),
+        *(_method(name, "ServerReflectionInfo", predict, streaming(reflected.open), small) for name in reflection.SERVICES),
     ]
 
 
 def _method(
-    service: str, name: str, permission: Permission | None, begin: Open, refused: Callable[[MillraceError], None] | None = None
+    service: str,
+    name: str,
+    permission: Permission | None,
+    begin: Open,
+    limits: CallLimits | None = None,
+    refused: Callable[[MillraceError], None] | None = None,
 ) -> Method:
-    return Method(HttpRoute("POST", f"/{service}/{name}", permission, Door.PLAIN), begin, refused)
+    return Method(HttpRoute("POST", f"/{service}/{name}", permission, Door.PLAIN), begin, limits, refused)
 
 
 class GrpcServer:
@@ -133,9 +143,9 @@ class GrpcServer:
         """Look after all connections once."""
         for connection in list(self._connections):
             for stream in connection.late(now_s):
-                if isinstance(stream.receiver, UnaryCall):
+                if isinstance(stream.receiver, UnaryCall | StreamCall):
                     stream.receiver.expire(
-                        DeadlineExceededError(f"the request was not complete after {self._settings.body_timeout_s:.0f} s")
+                        DeadlineExceededError(f"the message was not complete after {self._settings.body_timeout_s:.0f} s")
                     )
             connection.sweep(now_s)
 

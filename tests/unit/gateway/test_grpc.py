@@ -36,11 +36,14 @@ from services.gateway.doors import v2
 from services.gateway.health import Health
 from services.gateway.predictions import Ask, Caller, Done, Prediction
 from services.gateway.rpc import framing, health
+from services.gateway.rpc.hpack import encode
+from services.gateway.rpc.http2 import PREFACE
 from services.gateway.rpc.inference import MOST_ASKED, SERVICE
 from services.gateway.rpc.server import GrpcServer, methods
 from services.gateway.settings import GrpcSettings
 from services.gateway.tracing import Tracing
 from tests.unit.gateway.conftest import deployment, endpoint
+from tests.unit.gateway.rpc.test_http2 import DATA, HEADERS, SETTINGS, frame
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 2)),), outputs=(TensorSpec(name="sum", datatype="FP32", shape=(-1,)),)
@@ -582,6 +585,19 @@ async def test_health_is_watched(door: Door, monkeypatch):
     unknown.cancel()
 
 
+async def test_one_watch_too_many_is_refused_and_the_others_go_on(door: Door):
+    watch = door.channel.unary_stream("/grpc.health.v1.Health/Watch", response_deserializer=HealthCheckResponse.FromString)
+    streams = [watch(b"") for _ in range(health.MOST_WATCHES)]
+    for stream in streams:
+        await stream.read()
+    assert await status(watch(b"")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "a connection has at most 8 watches")
+    streams[0].cancel()
+    await until(lambda: len(next(iter(door.server._connections))._streams) == health.MOST_WATCHES - 1)
+    assert (await watch(b"").read()).status == HealthCheckResponse.SERVING
+    for stream in streams:
+        stream.cancel()
+
+
 @pytest.mark.parametrize("package", ["grpc.reflection.v1", "grpc.reflection.v1alpha"])
 async def test_reflection_describes_every_service(door: Door, package):
     stream = door.channel.stream_stream(
@@ -650,47 +666,75 @@ async def test_one_connection_too_many_is_unavailable_and_the_others_work():
         assert (await door.infer()).model_name == "e"
 
 
-async def test_a_request_that_does_not_become_complete_is_given_up(door: Door):
-    reader, writer = await asyncio.open_connection("127.0.0.1", door.server.port)
-    from tests.unit.gateway.rpc.test_http2 import DATA, HEADERS, PREFACE, SETTINGS, frame
+@pytest.mark.parametrize(
+    "method",
+    [
+        f"{SERVICE}/ModelInfer",
+        f"{SERVICE}/ModelStreamInfer",
+        f"{SERVICE}/ServerLive",
+        *(f"{health.SERVICE}/{name}" for name in ("Check", "Watch")),
+    ],
+)
+async def test_a_request_that_does_not_become_complete_is_given_up(door: Door, method):
+    async with spoken(door, method) as (reader, writer):
+        writer.write(frame(DATA, b"\0\0\0\0\x10half", 0, 1))
+        await until(lambda: held_bytes(door, method) == 9)
+        door.server.sweep(asyncio.get_running_loop().time() + 61)
+        assert held_bytes(door, method) == 0
+        await heard(reader, b"grpc-status\x014")
 
-    block = b"".join(
-        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
-        for name, value in (
-            (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", f"/{SERVICE}/ModelInfer".encode()),
-            (b"content-type", b"application/grpc"),
-        )
+
+@pytest.mark.parametrize("method", [f"{SERVICE}/ServerLive", f"{health.SERVICE}/Check", f"{health.SERVICE}/Watch"])
+async def test_who_has_no_key_takes_no_memory_that_predictions_need(door: Door, method):
+    async with spoken(door, method) as (reader, writer):
+        writer.write(frame(DATA, (65_536).to_bytes(5, "big") + bytes(60_000), 0, 1))
+        await until(lambda: held_bytes(door, method) == 60_005)
+        assert door.server._router._limits.budget.held_bytes == 0
+    async with spoken(door, method) as (reader, writer):
+        writer.write(frame(DATA, (65_537).to_bytes(5, "big"), 0, 1))
+        await heard(reader, b"at most 65536 are accepted")
+
+
+@asynccontextmanager
+async def spoken(
+    door: Door, path: str, content_type: str = "application/grpc", method: str = "POST"
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection on which a request has begun, frame by frame."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.server.port)
+    fields = {":method": method, ":scheme": "http", ":path": f"/{path}", "content-type": content_type}
+    writer.write(
+        PREFACE + frame(SETTINGS) + frame(HEADERS, encode([(name.encode(), value.encode()) for name, value in fields.items()]), 4, 1)
     )
-    writer.write(PREFACE + frame(SETTINGS) + frame(HEADERS, block, 4, 1) + frame(DATA, b"\0\0\0\0\x10half", 0, 1))
-    await until(lambda: door.server._router._limits.budget.held_bytes == 9)
-    door.server.sweep(asyncio.get_running_loop().time() + 61)
-    assert door.server._router._limits.budget.held_bytes == 0
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def heard(reader: asyncio.StreamReader, wanted: bytes) -> None:
+    """Read until it comes."""
+    came = b""
     async with asyncio.timeout(5):
-        while b"grpc-status\x014" not in await reader.read(65_536):
-            pass
-    writer.close()
-    await writer.wait_closed()
+        while wanted not in came:
+            chunk = await reader.read(65_536)
+            assert chunk
+            came += chunk
+
+
+def held_bytes(door: Door, path: str) -> int:
+    """What the unfinished messages of a method, and of those that share its limits, hold."""
+    router = door.server._router
+    return (router._methods[f"/{path}".encode()].limits or router._limits).budget.held_bytes
 
 
 @pytest.mark.parametrize(
     ("method", "content_type", "answer"),
-    [(b"GET", b"application/grpc", b"405"), (b"POST", b"application/json", b"415")],
+    [("GET", "application/grpc", b"405"), ("POST", "application/json", b"415")],
 )
 async def test_what_is_http_2_and_no_grpc_is_told_so(door: Door, method, content_type, answer):
-    from tests.unit.gateway.rpc.test_http2 import HEADERS, PREFACE, SETTINGS, frame
-
-    reader, writer = await asyncio.open_connection("127.0.0.1", door.server.port)
-    fields = ((b":method", method), (b":scheme", b"http"), (b":path", b"/"), (b"content-type", content_type))
-    block = b"".join(b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields)
-    writer.write(PREFACE + frame(SETTINGS) + frame(HEADERS, block, 5, 1))
-    heard = b""
-    async with asyncio.timeout(5):
-        while answer not in heard:
-            heard += await reader.read(65_536)
-    writer.close()
-    await writer.wait_closed()
+    async with spoken(door, "", content_type, method) as (reader, _):
+        await heard(reader, answer)
 
 
 async def test_a_taken_port_is_one_clear_sentence(door: Door):

@@ -579,11 +579,11 @@ def test_late_requests_are_those_that_are_not_complete(peer: Peer):
     complete, incomplete = peer.open(1, 5), peer.open(3)
     assert complete is not None
     assert incomplete is not None
-    assert peer.connection.late(peer.clock.now + 59) == []
-    assert peer.connection.late(peer.clock.now + 61) == [incomplete.stream]
-    peer.send(DATA, bytes(70_000), 0, 3)
+    peer.send(DATA, bytes(61_440), 0, 3)
     assert peer.connection.late(peer.clock.now + 61) == []
-    assert peer.connection.late(peer.clock.now + 70) == [incomplete.stream]
+    peer.send(DATA, bytes(61_439), 0, 3)
+    assert peer.connection.late(peer.clock.now + 121) == []
+    assert peer.connection.late(peer.clock.now + 122) == [incomplete.stream]
 
 
 def test_a_stream_whose_answer_nobody_takes_is_reset_in_time(peer: Peer):
