@@ -25,7 +25,7 @@ from schemas.registry import CreateEndpoint
 from schemas.topics import TOPICS, Topic
 from tests.conftest import NOW, KafkaServer, free_port
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
 async def new_topic(settings: KafkaSettings, partitions: int = 1) -> str:
@@ -60,7 +60,7 @@ def runner(kind: str, settings: KafkaSettings, topic: str, group: str, handled: 
     return ConsumerRunner(KafkaBroker(settings), [topic], group, processor)
 
 
-async def until(condition, timeout_s: float = 60) -> float:
+async def until(condition, timeout_s: float = 120) -> float:
     """Seconds until the condition held."""
     began = time.monotonic()
     while not condition():
@@ -84,7 +84,7 @@ async def test_faust_sees_no_aborted_transaction_and_goes_on_after_control_recor
     values = []
     for _ in range(3):
         consumer = FaustConsumer(settings, [topic], group)
-        async with started(consumer), asyncio.timeout(20):
+        async with started(consumer), asyncio.timeout(60):
             records = []
             while not records:
                 records = await consumer.get_many(1, 1.0)
@@ -117,7 +117,7 @@ async def test_faust_without_a_broker_raises_a_transient_error_and_stops():
     consumer = FaustConsumer(KafkaSettings(bootstrap_servers=f"127.0.0.1:{free_port()}", request_timeout_ms=2_000), ["t"], "g")
     with pytest.raises(TransientError):
         await consumer.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await consumer.stop()
 
 
@@ -165,7 +165,7 @@ async def test_stopping_while_the_broker_is_away_takes_a_bounded_time(kind, tmp_
         await subject.stop()
         await asyncio.wait({task}, timeout=1)
         print(f"{kind}: stopped in {time.monotonic() - began:.1f} s")
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 30
     finally:
         await asyncio.to_thread(server.stop)
 
@@ -224,11 +224,12 @@ class Printed(list):
         print(name, flush=True)
 
 async def main(kind, servers, topic, group):
-    subject = runner(kind, KafkaSettings(bootstrap_servers=servers), topic, group, Printed())
+    subject = runner(kind, KafkaSettings(bootstrap_servers=servers, session_timeout_ms=60_000), topic, group, Printed())
     await subject.start()
     print("started", flush=True)
     await subject.run()
 
+print("imported", flush=True)
 asyncio.run(main(*sys.argv[1:]))
 """
 
@@ -243,15 +244,16 @@ async def test_a_member_that_was_killed_consumes_again_as_soon_as_it_is_back(kin
                 sys.executable, "-c", CONSUMING, kind, settings.bootstrap_servers, topic, group, stdout=subprocess.PIPE
             )
             try:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(90):
+                    assert await process.stdout.readline() == b"imported\n"
                     began = time.monotonic()
                     assert await process.stdout.readline() == b"started\n"
                     joined_s = time.monotonic() - began
                     await producer.send([command(topic, f"n{attempt}")])
                     while (await process.stdout.readline()).decode().strip() != f"n{attempt}":
                         pass
-                    print(f"{kind}: process start to assigned {joined_s:.1f} s, to the first record {time.monotonic() - began:.1f} s")
-                    assert joined_s < 6, "shorter than the session timeout of 10 s that it would otherwise wait for"
+                    print(f"{kind}: imported to assigned {joined_s:.1f} s, to the first record {time.monotonic() - began:.1f} s")
+                    assert joined_s < 30, "shorter than the session timeout of 60 s that it would otherwise wait for"
             finally:
                 os.kill(process.pid, signal.SIGKILL)
                 await process.wait()
