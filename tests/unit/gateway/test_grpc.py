@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -735,6 +736,17 @@ def held_bytes(door: Door, path: str) -> int:
 async def test_what_is_http_2_and_no_grpc_is_told_so(door: Door, method, content_type, answer):
     async with spoken(door, "", content_type, method) as (reader, _):
         await heard(reader, answer)
+
+
+async def test_a_peer_that_vanished_is_found_out_even_while_a_call_is_open(door: Door):
+    async with spoken(door, f"{health.SERVICE}/Watch"):
+        await until(lambda: door.server.connections)
+        (connection,) = door.server._connections
+        accepted = connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
+        idle = socket.TCP_KEEPALIVE if sys.platform == "darwin" else socket.TCP_KEEPIDLE
+        options = (idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert [accepted.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 15, 4]
 
 
 async def test_a_taken_port_is_one_clear_sentence(door: Door):
