@@ -35,6 +35,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 PATIENCE_S = 120.0
 SESSION_S = 6.0
+QUIET_AFTER_FAULT_S = 25.0
+"""A transaction that nobody ends is aborted by the broker after 10 to 20 s, and hides from readers what came after it until then."""
 
 
 class Results:
@@ -61,10 +63,10 @@ class Results:
         self.counts.update(found)
         return len(found)
 
-    async def rest(self) -> None:
+    async def rest(self, quiet_s: float = 5.0) -> None:
         """Read on until nothing has come for a while."""
         quiet_since = time.monotonic()
-        while time.monotonic() - quiet_since < 5:
+        while time.monotonic() - quiet_since < quiet_s:
             if await self.read():
                 quiet_since = time.monotonic()
         self._consumer.close()
@@ -127,7 +129,8 @@ async def until(condition: Callable[[], object], what: str, timeout_s: float = P
 
 
 def publish(servers: str, topic: str, numbers: range, **headers: bytes) -> None:
-    producer = Producer({"bootstrap.servers": servers, "linger.ms": 5, "queue.buffering.max.messages": 1_000_000, "log_level": 0})
+    settings = {"enable.idempotence": True, "linger.ms": 5, "queue.buffering.max.messages": 1_000_000, "log_level": 0}
+    producer = Producer({"bootstrap.servers": servers, **settings})
     for number in numbers:
         name = b"%d" % number
         body = name if headers else b'{"instances": [[%d, 0]]}' % number
@@ -251,8 +254,8 @@ async def say_deployed(settings: KafkaSettings, endpoint_name: str, runner: Fake
     await producer.stop()
 
 
-@contextmanager
-def load(place: Stage, count: int, duration_s: float) -> Iterator[None]:
+@asynccontextmanager
+async def load(place: Stage, count: int, duration_s: float) -> AsyncIterator[None]:
     """Publish requests evenly over some time, beside what the block does."""
 
     def work() -> None:
@@ -260,12 +263,11 @@ def load(place: Stage, count: int, duration_s: float) -> Iterator[None]:
             publish(place.settings.bootstrap_servers, place.requests, range(part * count // 20, (part + 1) * count // 20))
             time.sleep(duration_s / 20)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    working = asyncio.create_task(asyncio.to_thread(work))
     try:
         yield
     finally:
-        thread.join()
+        await working
 
 
 async def test_processes_that_are_killed_stopped_and_started_again_answer_each_request_once(kafka_server, tmp_path):
@@ -274,7 +276,7 @@ async def test_processes_that_are_killed_stopped_and_started_again_answer_each_r
         place.start("a")
         found = place.results()
         await place.reads("a")
-        with load(place, count, duration_s=10):
+        async with load(place, count, duration_s=10):
             await found.until(count // 20)
             place.start("b")
             await until(lambda: "reads partitions" in place.log("b"), "the second has its share")
@@ -286,7 +288,7 @@ async def test_processes_that_are_killed_stopped_and_started_again_answer_each_r
             place.send("b", signal.SIGCONT)
             await found.until(count // 2)
             place.send("a", signal.SIGTERM)
-            place.processes["a"].wait(30)
+            await asyncio.to_thread(place.processes["a"].wait, PATIENCE_S)
         await found.until(count)
         await found.rest()
     assert (len(found.counts), found.duplicates) == (count, 0)
@@ -302,14 +304,14 @@ async def test_a_broker_that_restarts_in_the_middle_costs_nothing_and_doubles_no
             place.start("a")
             found = place.results()
             await place.reads("a")
-            publish(place.settings.bootstrap_servers, place.requests, range(count))
+            await asyncio.to_thread(publish, place.settings.bootstrap_servers, place.requests, range(count))
             await found.until(count // 20)
             assert server.process is not None
             server.process.kill()
             server.process.wait()
             await asyncio.to_thread(server.start)
             await found.until(count)
-            await found.rest()
+            await found.rest(QUIET_AFTER_FAULT_S)
     finally:
         server.stop()
     assert (len(found.counts), found.duplicates) == (count, 0)
