@@ -88,6 +88,11 @@ BATCH_ERRORS = _counter("millrace_batch_errors_total", "Batches that came to not
 REQUEST_BYTES = _counter("millrace_request_bytes_total", "Bytes of the bodies of predict requests that ended.", *_DEPLOYMENT)
 RESPONSE_BYTES = _counter("millrace_response_bytes_total", "Bytes of the bodies of their answers.", *_DEPLOYMENT)
 CONNECTIONS = _gauge("millrace_connections", "Open connections of clients, by transport: http or grpc.", "transport")
+HTTP_REFUSED = _counter(
+    "millrace_http_refused_total",
+    "Requests and connections that the HTTP server itself refused, by status; those cut without a word for want of room are 503.",
+    "status",
+)
 
 # The prediction log and the request ledger
 

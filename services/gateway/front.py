@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import random
-import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from services.gateway.error_bodies import error_answer
 from services.gateway.errors import InternalError
 from services.gateway.exchange import TOLD, Incoming, Outgoing, read_body
 from services.gateway.http import AsgiApp, Exchange
+from services.gateway.http.answers import given_request_id
 from services.gateway.predictions import Caller, Handler, Read
 from services.gateway.refusals import Refused, nobody, refuse
 from services.gateway.routes import Door, Found, HttpRoute
@@ -38,8 +38,6 @@ _MOST_KNOWN_PATHS = 4096
 _LONGEST_KNOWN_PATH = 512
 _MOST_UNWANTED_BYTES = 65_536
 """A body that a route has no use for is taken up to this size, and not looked at."""
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +160,6 @@ class Front:
 
     def _admission(self, exchange: Exchange) -> Admission:
         found = self._find(exchange.method, exchange.raw_path)
-        given = exchange.headers.get(b"x-request-id")
-        request_id = given.decode("latin-1") if given is not None and _REQUEST_ID.fullmatch(given) else None
         principal, error = _NOBODY, found.error
         try:
             principal = self._access.admit(found.route, exchange.headers)
@@ -171,6 +167,7 @@ class Front:
             error = refusal
         key = (found.route.method, found.route.template) if found.route else ("", "")
         prefers = prefers_async(exchange.headers)
+        request_id = given_request_id(exchange.headers)
         return Admission(found, principal, error, self._reads.get(key), self._handlers.get(key), request_id, prefers)
 
     def _find(self, method: str, raw_path: bytes) -> Found:

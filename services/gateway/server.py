@@ -16,6 +16,18 @@ log = logging.getLogger(__name__)
 BACKLOG = 1_024
 """Connections that may wait to be accepted; the kernel's own bound (``net.core.somaxconn``) may be lower."""
 
+_KEEP_IDLE = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
+OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, _KEEP_IDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+"""Of the listener; an accepted socket takes them from it. A machine that vanished without a word is noticed after two minutes: a minute of
+silence and four probes. It may have waited for an answer, or listened to a stream, and no deadline of ours would have passed."""
+
 SPARE_FILES = 512
 """Open files that are left for everything else: the broker, the runners, uploads."""
 
@@ -89,10 +101,10 @@ class HttpServer:
         except OSError as error:
             raise ConfigurationError(f"the address {self._host!r} cannot be used: {error.strerror}") from error
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for level, option, value in OPTIONS:
+                listener.setsockopt(level, option, value)
             if self._reuse_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an accepted socket takes it from its listener
             listener.bind(address)
             listener.setblocking(False)
         except OSError as error:

@@ -1,6 +1,8 @@
 """Answers as bytes."""
 
-from collections.abc import Sequence
+import random
+import re
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 import orjson
@@ -18,6 +20,8 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 WITHOUT_BODY = frozenset({204, 304})
 JSON = (b"content-type", b"application/json")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def _phrase(status: int) -> bytes:
@@ -65,6 +69,18 @@ def ending(http_version: str, stays_open: bool) -> bytes:
     return KEEP if http_version == "1.1" else KEEP_1_0
 
 
-def refusal_headers(status: int) -> tuple[Header, ...]:
+def given_request_id(headers: Mapping[bytes, bytes]) -> str | None:
+    """The caller's ``x-request-id``, if it is one that may be repeated."""
+    given = headers.get(b"x-request-id")
+    return given.decode("latin-1") if given is not None and _REQUEST_ID.fullmatch(given) else None
+
+
+def request_id_for(headers: Mapping[bytes, bytes]) -> str:
+    """The id of a request that the server answers by itself: the caller's, else a new one."""
+    return given_request_id(headers) or f"{random.getrandbits(128):032x}"
+
+
+def own_headers(status: int, request_id: str) -> tuple[Header, ...]:
     """The headers of an error that the server itself answers."""
-    return (JSON, (b"retry-after", b"1")) if status == HTTPStatus.SERVICE_UNAVAILABLE else (JSON,)
+    headers = (JSON, (b"x-request-id", request_id.encode()))
+    return (*headers, (b"retry-after", b"1")) if status == HTTPStatus.SERVICE_UNAVAILABLE else headers

@@ -95,15 +95,13 @@ class AsgiRun:
         try:
             await app(self._scope(), self.receive, self.send)
         except asyncio.CancelledError:
-            self._break_off()
+            self._break_off(answers.request_id_for(self._exchange.headers))
             raise
-        except Exception:
-            log.exception("a bug: the application failed at %s %s", self._exchange.method, self._path())
-            self._break_off()
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._fail("a bug: the application failed at %s %s", error)
         else:
             if not self._is_ended and not self._is_gone:
-                log.error("a bug: the application did not finish its answer to %s %s", self._exchange.method, self._path())
-                self._break_off()
+                self._fail("a bug: the application did not finish its answer to %s %s", None)
 
     def feed(self, content: bytes, is_whole: bool) -> None:
         """More of the body has come."""
@@ -202,7 +200,12 @@ class AsgiRun:
             self._link.write(self._top + data)
             self._top = b""
 
-    def _break_off(self) -> None:
+    def _fail(self, message: str, error: Exception | None) -> None:
+        request_id = answers.request_id_for(self._exchange.headers)
+        log.error(message, self._exchange.method, self._path(), exc_info=error, extra={"fields": {"request_id": request_id}})
+        self._break_off(request_id)
+
+    def _break_off(self, request_id: str) -> None:
         """The application will not finish: say so, or close before it looks finished."""
         if self._is_gone or self._is_ended:
             return
@@ -210,7 +213,7 @@ class AsgiRun:
         if self.has_started:
             self._link.abort()
         else:
-            self._link.answer(self._exchange, 500, (answers.JSON,), answers.error_body(answers.BUG))
+            self._link.answer(self._exchange, 500, answers.own_headers(500, request_id), answers.error_body(answers.BUG))
 
     def _path(self) -> str:
         return self._exchange.raw_path[:200].decode("latin-1")

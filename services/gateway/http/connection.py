@@ -60,6 +60,7 @@ class Home(Protocol):
     idle_deadline: float
     is_draining: bool
     held_bytes: int
+    unsent_bytes: int
 
     def enter(self, connection: "Connection") -> RefusedError | None: ...
 
@@ -88,6 +89,7 @@ class Connection(asyncio.Protocol):
         "_body",
         "_buffer",
         "_chunks",
+        "_counted_bytes",
         "_exchange",
         "_head",
         "_held_bytes",
@@ -122,6 +124,7 @@ class Connection(asyncio.Protocol):
         self._received_bytes = 0
         self._held_bytes = 0
         self._unsent_bytes = 0
+        self._counted_bytes = 0
         self._is_advancing = False
         self._is_resuming = False
         self._is_half_closed = False
@@ -156,6 +159,7 @@ class Connection(asyncio.Protocol):
         self.deadline = NEVER
         self._buffer = b""
         self._chunks = self._body = None
+        self._count_unsent(0)
         self._home.leave(self)
         self._lose_exchange()
 
@@ -192,10 +196,14 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._is_write_paused = True
         self._watch_writing()
+        if self._home.unsent_bytes > self._home.limits.max_buffered_bytes:
+            self._home.count_refusal(HTTPStatus.SERVICE_UNAVAILABLE)
+            self._transport.abort()
         self.update_reading()
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
+        self._count_unsent(0)
         self.deadline = self._usual_deadline()
         if self._asgi is not None:
             self._asgi.wake()
@@ -242,10 +250,11 @@ class Connection(asyncio.Protocol):
         stays = self.stays_open(exchange)
         try:
             top = answers.head_of(status, headers, len(body), answers.ending(exchange.http_version, stays))
-        except ValueError:
-            log.exception("a bug: an answer cannot be written")
+        except ValueError as error:
+            request_id = answers.request_id_for(exchange.headers)
+            log.error("a bug: an answer cannot be written", exc_info=error, extra={"fields": {"request_id": request_id}})
             body = answers.error_body(answers.BUG)
-            top = answers.head_of(500, (answers.JSON,), len(body), answers.ending(exchange.http_version, stays))
+            top = answers.head_of(500, answers.own_headers(500, request_id), len(body), answers.ending(exchange.http_version, stays))
         self._exchange = None
         if self._held_bytes:
             self._release()
@@ -354,9 +363,8 @@ class Connection(asyncio.Protocol):
                 self._run(exchange, wants, is_whole=True)
             elif exchange is self._exchange:
                 raise TypeError(_SILENT)
-        except Exception:
-            log.exception(_FAILED, exchange.method, exchange.raw_path[:200])
-            self._fail(exchange)
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._fail(exchange, error)
         return True
 
     def _read_head(self, data: bytes) -> Head | None:
@@ -430,9 +438,8 @@ class Connection(asyncio.Protocol):
                 self._run(exchange, wants, is_whole=False, awaits_continue=head.expects_continue and not data)
             else:
                 raise TypeError(_SILENT)
-        except Exception:
-            log.exception(_FAILED, exchange.method, exchange.raw_path[:200])
-            self._fail(exchange)
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._fail(exchange, error)
         if data and self._phase == BODY:
             self._receive(data)
 
@@ -500,23 +507,26 @@ class Connection(asyncio.Protocol):
         exchange.body = body
         try:
             self._home.handle(exchange)
-        except Exception:
-            log.exception(_FAILED, exchange.method, exchange.raw_path[:200])
-            self._fail(exchange)
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._fail(exchange, error)
 
     def _run(self, exchange: Exchange, app: AsgiApp, *, is_whole: bool, awaits_continue: bool = False) -> None:
         self._asgi = AsgiRun(self, exchange, is_whole=is_whole, awaits_continue=awaits_continue)
         self._home.run(self._asgi.run(app))
 
-    def _fail(self, exchange: Exchange) -> None:
+    def _fail(self, exchange: Exchange, error: Exception) -> None:
         """Answer for an application that could not."""
-        self.answer(exchange, HTTPStatus.INTERNAL_SERVER_ERROR, (answers.JSON,), answers.error_body(answers.BUG))
+        request_id = answers.request_id_for(exchange.headers)
+        log.error(_FAILED, exchange.method, exchange.raw_path[:200], exc_info=error, extra={"fields": {"request_id": request_id}})
+        self.answer(exchange, 500, answers.own_headers(500, request_id), answers.error_body(answers.BUG))
 
     def _refuse(self, error: RefusedError) -> None:
         """Answer what is no request."""
         self._home.count_refusal(error.status)
+        request_id = answers.request_id_for({})
+        log.debug("refused: %s", error.message, extra={"fields": {"request_id": request_id}})
         body = answers.error_body(error.message)
-        self._transport.write(answers.head_of(error.status, answers.refusal_headers(error.status), len(body), answers.CLOSE) + body)
+        self._transport.write(answers.head_of(error.status, answers.own_headers(error.status, request_id), len(body), answers.CLOSE) + body)
         self._phase = BODY
         self._finish()
 
@@ -536,7 +546,8 @@ class Connection(asyncio.Protocol):
             except Exception:
                 log.exception("a bug: the application could not refuse a request")
         if exchange is self._exchange:
-            self.answer(exchange, error.status, answers.refusal_headers(error.status), answers.error_body(error.message))
+            headers = answers.own_headers(error.status, answers.request_id_for(exchange.headers))
+            self.answer(exchange, error.status, headers, answers.error_body(error.message))
             _tell_gone(exchange)
         if run is not None:
             run.disconnect()
@@ -585,7 +596,14 @@ class Connection(asyncio.Protocol):
 
     def _watch_writing(self) -> None:
         self._unsent_bytes = self._transport.get_write_buffer_size()
+        if self._is_write_paused:
+            self._count_unsent(self._unsent_bytes)
         self.deadline = self._home.now() + self._home.limits.write_timeout_s
+
+    def _count_unsent(self, size_bytes: int) -> None:
+        """Account for what is written and not taken by the client, while that is much."""
+        self._home.unsent_bytes += size_bytes - self._counted_bytes
+        self._counted_bytes = size_bytes
 
     def _expire_writing(self, unsent: int) -> None:
         limits = self._home.limits

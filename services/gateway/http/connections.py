@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
+from libs.metrics import PROCESS, Metrics
+from libs.metrics.definitions import HTTP_REFUSED
 from services.gateway.http.connection import Connection
 from services.gateway.http.exchange import Application, AsgiApp, Exchange
 from services.gateway.http.heads import RefusedError
@@ -25,19 +27,24 @@ SPARE_CONNECTIONS, SPARE_CONNECTIONS_PER_CLIENT = 256, 16
 class Connections:
     """The connections of one server. Made and used on the event loop.
 
+    Parameters
+    ----------
+    metrics
+        What the server itself refuses is counted there, by status.
+
     Attributes
     ----------
-    refused
-        How often the server itself refused a request or a connection, by status.
     tasks
         ASGI applications at work.
     held_bytes
         Memory taken by bodies that came in more than one piece and are not answered yet.
+    unsent_bytes
+        Memory taken by answers whose clients take them slowly.
     idle_deadline
         When a connection that becomes idle now must have spoken, as seen at the last tick: never too early, late by a tick at most.
     """
 
-    def __init__(self, application: Application, limits: HttpSettings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, application: Application, limits: HttpSettings, loop: asyncio.AbstractEventLoop, metrics: Metrics = PROCESS) -> None:
         self.admit: Callable[[Exchange], int | AsgiApp | None] = application.admit
         self.handle: Callable[[Exchange], None] = application.handle
         self.limits = limits
@@ -45,7 +52,8 @@ class Connections:
         self.now = loop.time
         self.is_draining = False
         self.held_bytes = 0
-        self.refused: Counter[int] = Counter()
+        self.unsent_bytes = 0
+        self._metrics = metrics
         self._all: set[Connection] = set()
         self._per_client: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -94,8 +102,8 @@ class Connections:
         task.add_done_callback(self._task_done)
 
     def count_refusal(self, status: int) -> None:
-        """Note that the server itself refused something."""
-        self.refused[int(status)] += 1
+        """Note that the server itself refused something, or broke it off."""
+        self._metrics.counter(HTTP_REFUSED, str(int(status))).value += 1
 
     async def drain(self, timeout_s: float) -> None:
         """Let requests in flight end for up to ``timeout_s``, then break them off. Nobody must accept any longer."""

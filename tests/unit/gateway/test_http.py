@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -198,7 +199,8 @@ def test_a_bad_request_is_refused_with_its_status_and_the_connection_closed(stat
     assert list(answer.json) == ["error"]
     assert answer.headers[b"content-type"] == b"application/json"
     assert line.application.handled == []
-    assert line.connections.refused == {status: 1}
+    assert re.fullmatch(rb"[0-9a-f]{32}", answer.headers[b"x-request-id"])
+    assert line.refused == {status: 1}
 
 
 @pytest.mark.parametrize(
@@ -455,6 +457,7 @@ class TestBugs:
         line = Line(Echo(wants=admit)).send(request_bytes)
         assert (line.statuses, "oops" in line.wire.sent.decode()) == ([500], False)
         assert "oops" in caplog.text
+        assert caplog.records[-1].fields["request_id"].encode() == line.answers[0].headers[b"x-request-id"]
 
     @pytest.mark.parametrize("request_bytes", [POST, POST[:-1]])
     def test_admit_leaves_the_request(self, request_bytes, caplog):
@@ -470,9 +473,9 @@ class TestBugs:
         assert (line.statuses, line.is_over) == ([500], False)
 
     def test_a_header_with_a_line_break_is_not_written(self, caplog):
-        line = Line(Echo(later=True)).send(GET)
+        line = Line(Echo(later=True)).send(b"GET /a HTTP/1.1\r\nhost: h\r\nx-request-id: mine\r\n\r\n")
         line.application.handled[0].respond(200, [(b"x-a", b"1\r\nx-b: 2")], b"")
-        assert line.statuses == [500]
+        assert (line.statuses, line.answers[0].headers[b"x-request-id"]) == ([500], b"mine")
 
     def test_what_it_hears_with_fails(self, caplog):
         def fail(*_):
@@ -543,6 +546,27 @@ class TestDeadlines:
         assert not line.is_over
         line.wire.unsent = 899_000
         assert line.wait(12).wire.is_aborted
+
+    def stalled(self, unsent: int, beside: Line | None = None) -> Line:
+        """A client that does not take so much of its answer; 1 MiB may wait for all clients together."""
+        line = Line(Echo(later=True), max_buffered_bytes=2**20) if beside is None else Line(beside.application, beside.connections)
+        line.send(GET)
+        line.wire.unsent = unsent
+        echo(line.application.handled[-1])
+        line.protocol.pause_writing()
+        return line.settle()
+
+    def test_too_much_that_clients_do_not_take_is_cut(self):
+        one = self.stalled(900_000)
+        other = self.stalled(200_000, one)
+        assert (one.wire.is_aborted, other.wire.is_aborted, one.refused) == (False, True, {503: 1})
+        assert one.connections.unsent_bytes == 900_000
+        one.wire.unsent = 800_000
+        assert not one.wait(22).is_over
+        assert not self.stalled(200_000, one).is_over
+        one.wire.unsent = 1_000
+        one.protocol.resume_writing()
+        assert one.connections.unsent_bytes == 200_000
 
     def test_a_client_that_reads_slowly_may_go_on(self):
         line = Line(Echo(later=True)).send(GET + GET)
@@ -1098,6 +1122,7 @@ class TestAsgi:
         await self.reached(lambda: line.wire.sent or line.wire.is_aborted)
         if bad in ("raises", "returns", "line break"):
             assert line.statuses == [500]
+            assert line.answers[0].headers[b"x-request-id"]
         else:
             assert line.wire.is_aborted
         assert "a bug" in caplog.text

@@ -55,6 +55,19 @@ async def test_metrics_and_log_tell_of_a_prediction(world):
     assert (row["request_id"], row["outcome"], row["response_bytes"]) == ("order-1", "completed", len(answer.content))
 
 
+async def test_what_the_http_server_refuses_by_itself_is_counted(world):
+    async def refused():
+        return values((await metrics(world)).text, "millrace_http_refused_total").get((("status", "501"),), 0)
+
+    before = await refused()
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.gateway.server.port)
+    writer.write(b"BREW / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    assert await refused() == before + 1
+
+
 async def test_openmetrics_is_spoken(world):
     shown = await metrics(world, accept="application/openmetrics-text; version=1.0.0")
     assert shown.headers["content-type"].startswith("application/openmetrics-text")

@@ -213,6 +213,28 @@ async def test_several_servers_can_share_a_port():
     await first.stop()
 
 
+async def test_a_client_that_vanished_is_noticed():
+    accepted = []
+
+    def accept(exchange):
+        accepted.append(exchange._link._transport.get_extra_info("socket"))
+        exchange.respond(200, [], b"")
+
+    listening = HttpServer(SimpleNamespace(admit=accept, handle=None), Health(), "127.0.0.1", 0, HttpSettings(), 1.0)
+    await listening.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
+    writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    (connection,) = accepted
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert [
+        connection.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    ] == [60, 15, 4]
+    writer.close()
+    await writer.wait_closed()
+    await listening.stop()
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "allowed", "warned"),
     [(1024, 4096, 2000, False), (1024, 1500, 1500, True), (1024, -1, 2000, False), (-1, -1, None, False)],

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from libs.metrics import Metrics
 from services.gateway.http import AsgiApp, Connections, Exchange
 from services.gateway.settings import HttpSettings
 
@@ -219,7 +220,7 @@ class Line:
     ) -> None:
         self.application = application or Echo()
         self.clock: Any = Clock() if connections is None else connections.loop
-        self.connections = connections or Connections(self.application, HttpSettings(**limits), self.clock)
+        self.connections = connections or Connections(self.application, HttpSettings(**limits), self.clock, Metrics())
         self.wire = Wire(address)
         self.protocol = self.connections.make()
         self.protocol.connection_made(self.wire)
@@ -264,6 +265,11 @@ class Line:
     @property
     def statuses(self) -> list[int]:
         return [answer.status for answer in self.answers]
+
+    @property
+    def refused(self) -> dict[int, float]:
+        """What the server itself refused, on all its connections, by status."""
+        return {int(sample.labels[0]): sample.value for sample in self.connections._metrics.samples()}
 
     @property
     def is_over(self) -> bool:
