@@ -35,6 +35,8 @@ _DEFAULT_WINDOW = 65_535
 _MAX_WINDOW = 2**31 - 1
 _DEFAULT_FRAME_BYTES = 16_384
 _MAX_FRAME_BYTES = 2**24 - 1
+_MOST_SENT_BYTES = 65_536
+"""Data leaves in frames of at most this size, whatever the peer takes: so a transport that is full holds little more than it says."""
 
 
 _PONG_S = 0.005
@@ -91,11 +93,11 @@ class Limits:
     idle_s
         Seconds without a stream after which a connection is told to go away.
     bytes_per_s
-        Slowest pace of what the peer sends, in bytes per second.
+        Slowest pace of what the peer sends and takes, in bytes per second.
     body_s
         A message must be complete after so many seconds, or come at the pace: each such period is looked at by itself.
     write_s
-        Seconds in which a client must take something of what is sent to it.
+        In every period of so many seconds a client must take what waits for it at the pace; a connection may not be full for longer.
     """
 
     streams: int = 1_000
@@ -147,6 +149,7 @@ class Stream:
         "_recv_window",
         "_send_window",
         "_stuck_s",
+        "_taken",
         "_trailers",
         "connection",
         "has_ended",
@@ -168,6 +171,7 @@ class Stream:
         self._outbox: deque[memoryview] | None = None
         self._has_waited = False
         self._stuck_s: float | None = None
+        self._taken = 0
         self._coming_s = opened_s
         self._received = 0
         self._expected: int | None = None
@@ -175,7 +179,7 @@ class Stream:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether data waits because the peer's windows are used up."""
+        """Whether data waits because the peer's windows are used up, or the connection is full."""
         return bool(self._outbox)
 
     def respond(self, head: bytes, data: bytes, trailers: bytes) -> None:
@@ -244,15 +248,13 @@ class Stream:
     def pump(self) -> None:
         """Send what the windows allow."""
         connection, outbox, has_waited = self.connection, self._outbox, self._has_waited
-        has_moved = False
         while outbox:
             room = min(self._send_window, connection.frame_room)
             if room <= 0:
                 connection.is_blocked = self._has_waited = True
-                if has_moved or self._stuck_s is None:
-                    self._stuck_s = connection.now_s
+                if self._stuck_s is None:
+                    self._stuck_s, self._taken = connection.now_s, 0
                 return
-            has_moved = True
             piece = outbox[0]
             if len(piece) <= room:
                 outbox.popleft()
@@ -260,6 +262,7 @@ class Stream:
                 outbox[0] = piece[room:]
                 piece = piece[:room]
             self._send_window -= len(piece)
+            self._taken += len(piece)
             connection.send_window -= len(piece)
             connection.write(_head(len(piece), _DATA, 0, self.id))
             connection.write(piece)
@@ -296,9 +299,13 @@ class Stream:
         if self._expected:
             raise _StreamFault(ErrorCode.PROTOCOL_ERROR)
 
-    def is_stuck(self, now_s: float, write_s: float) -> bool:
-        """Whether the peer has taken nothing for too long."""
-        return self._stuck_s is not None and now_s - self._stuck_s > write_s
+    def is_stuck(self, now_s: float, limits: Limits) -> bool:
+        """Whether the peer took too little of what waits for it in the period that is over now; then the next one begins."""
+        if self._stuck_s is None or now_s - self._stuck_s <= limits.write_s:
+            return False
+        is_slow = self._taken < limits.write_s * limits.bytes_per_s
+        self._stuck_s, self._taken = now_s, 0
+        return is_slow
 
     def is_late(self, now_s: float, limits: Limits) -> bool:
         """Whether what the peer has to send came too slowly in the period that is over now; then the next one begins."""
@@ -374,6 +381,7 @@ class Connection(asyncio.Protocol):
         self._pong_timer: asyncio.TimerHandle | None = None
         self.send_window = _DEFAULT_WINDOW
         self.is_blocked = False
+        self._served_id = 0
         self._paused_s: float | None = None
         self.client: tuple[str, int] | None = None
         self.peer = ""
@@ -395,7 +403,7 @@ class Connection(asyncio.Protocol):
     @property
     def frame_room(self) -> int:
         """Bytes of data that may leave in one frame now, as far as the connection is concerned."""
-        return min(self.send_window, self._peer_frame_bytes)
+        return min(self.send_window, self._peer_frame_bytes) if self._paused_s is None else 0
 
     @property
     def now_s(self) -> float:
@@ -465,6 +473,7 @@ class Connection(asyncio.Protocol):
         self._paused_s = None
         if self._transport is not None and not self._is_closed:
             self._transport.resume_reading()
+            self._pump()
 
     def data_received(self, data: bytes) -> None:
         if self._is_closed:
@@ -492,15 +501,14 @@ class Connection(asyncio.Protocol):
         elif not self._has_settings:
             if now_s - self._quiet_s > limits.first_request_s:
                 self.abort()
-        elif self._paused_s is not None:
-            if now_s - self._paused_s > limits.write_s:
-                self.abort()
-        elif (self._buffer or self._block is not None) and now_s - self._stalled_s > limits.block_s:
+        elif self._paused_s is not None and now_s - self._paused_s > limits.write_s:
+            self.abort()
+        elif self._paused_s is None and (self._buffer or self._block is not None) and now_s - self._stalled_s > limits.block_s:
             self._fail(ErrorCode.ENHANCE_YOUR_CALM)
         elif not self._streams and now_s - self._quiet_s > limits.idle_s:
             self.leave()
         else:
-            for stream in [stream for stream in self._streams.values() if stream.is_stuck(now_s, limits.write_s)]:
+            for stream in [stream for stream in self._streams.values() if stream.is_stuck(now_s, limits)]:
                 self._reset(stream.id, ErrorCode.CANCEL)
 
     def late(self, now_s: float) -> list[Stream]:
@@ -778,7 +786,7 @@ class Connection(asyncio.Protocol):
             case 5:
                 if not _DEFAULT_FRAME_BYTES <= value <= _MAX_FRAME_BYTES:
                     raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of range")
-                self._peer_frame_bytes = value
+                self._peer_frame_bytes = min(value, _MOST_SENT_BYTES)
 
     def _on_push(self, flags: int, stream_id: int, payload: bytes) -> None:  # noqa: ARG002
         raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a client cannot push")
@@ -825,9 +833,16 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
         if self.send_window > _MAX_WINDOW:
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "the window is too large")
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what waits, as far as there is room now; who was served last is last in turn."""
         if self.is_blocked:
             self.is_blocked = False
-            for stream in list(self._streams.values()):
+            waiting = [stream for stream in self._streams.values() if stream.is_waiting]
+            for stream in sorted(waiting, key=lambda stream: stream.id <= self._served_id):
+                if self.frame_room > 0:
+                    self._served_id = stream.id
                 stream.pump()
 
 

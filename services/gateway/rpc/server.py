@@ -40,8 +40,8 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
-"""A peer that vanished without a word is found out after two minutes: 60 s, and four times 15. Nothing else tells, because a call that is open
-may be silent for longer."""
+"""A peer that vanished without a word is found out after two minutes: 60 s, and four times 15. Nothing else tells, because a call that is
+open may be silent for longer."""
 
 _SMALL_BYTES = 65_536
 _SMALL_BUFFERED_BYTES = 16 * 2**20

@@ -586,19 +586,89 @@ def test_late_requests_are_those_that_are_not_complete(peer: Peer):
     assert peer.connection.late(peer.clock.now + 122) == [incomplete.stream]
 
 
-def test_a_stream_whose_answer_nobody_takes_is_reset_in_time(peer: Peer):
-    peer.send(SETTINGS, struct.pack(">HI", 4, 10))
+def taking(peer: Peer, size: int, seconds: int) -> None:
+    """Let time pass in which the peer takes so many bytes a second."""
+    for _ in range(seconds):
+        peer.clock.now += 1
+        if size:
+            peer.send(WINDOW_UPDATE, struct.pack(">I", size), 0, 0)
+            peer.send(WINDOW_UPDATE, struct.pack(">I", size), 0, 1)
+        peer.connection.sweep(peer.clock.now)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000])
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_stream_whose_answer_is_taken_too_slowly_is_reset_in_time(peer: Peer, size, is_paused):
     heard = peer.open(1, 5)
     assert heard is not None
-    heard.stream.respond(b"\x88", b"x" * 25, b"\x88")
-    peer.clock.now += 50
-    peer.send(WINDOW_UPDATE, struct.pack(">I", 10), 0, 1)
-    peer.connection.sweep(peer.clock.now + 59)
+    heard.stream.respond(b"\x88", bytes(10**6), b"\x88")
+    taking(peer, size, 50)
+    if is_paused:
+        peer.connection.pause_writing()
+    taking(peer, size, 10)
     assert heard.stream.is_open
     peer.wire.frames()
-    peer.connection.sweep(peer.clock.now + 61)
+    taking(peer, size, 1)
     assert peer.reset() is ErrorCode.CANCEL
     assert heard.is_gone
+
+
+def test_an_answer_that_is_taken_at_the_pace_may_take_its_time(peer: Peer):
+    heard = peer.open(1, 5)
+    assert heard is not None
+    heard.stream.respond(b"\x88", bytes(10**6), b"\x88")
+    taking(peer, 1024, 600)
+    assert heard.stream.is_open
+    taking(peer, 0, 122)
+    assert heard.is_gone
+
+
+def test_what_the_connection_cannot_write_waits_in_the_streams(peer: Peer):
+    peer.send(SETTINGS, struct.pack(">HI", 4, 2**20))
+    peer.send(WINDOW_UPDATE, struct.pack(">I", 2**20), 0, 0)
+    heard = peer.open(1)
+    assert heard is not None
+    peer.wire.frames()
+    peer.connection.pause_writing()
+    heard.stream.send(bytes(100_000))
+    assert (peer.wire.frames(), heard.stream.is_waiting) == ([], True)
+    peer.connection.resume_writing()
+    assert sum(len(payload) for *_, payload in peer.wire.frames()) == 100_000
+    assert (heard.drains, heard.stream.is_waiting) == (1, False)
+
+
+def test_a_large_answer_stops_where_the_connection_is_full_whatever_the_windows_allow(peer: Peer, monkeypatch):
+    def write(data: bytes | memoryview) -> None:
+        peer.wire.written += data
+        if len(peer.wire.written) > 65_536 and peer.wire.reads:
+            peer.connection.pause_writing()
+
+    monkeypatch.setattr(peer.wire, "write", write)
+    peer.send(SETTINGS, struct.pack(">HIHI", 4, 2**30, 5, 2**24 - 1))
+    peer.send(WINDOW_UPDATE, struct.pack(">I", 2**30), 0, 0)
+    heard = peer.open(1, 5)
+    assert heard is not None
+    peer.wire.frames()
+    heard.stream.respond(b"\x88", bytes(10**6), b"\x88")
+    sent = 0
+    while not peer.wire.reads:
+        assert len(peer.wire.written) < 150_000
+        sent += sum(len(payload) for kind, _, _, payload in peer.wire.frames() if kind == DATA)
+        peer.connection.resume_writing()
+    assert sent + sum(len(payload) for kind, _, _, payload in peer.wire.frames() if kind == DATA) == 10**6
+    assert not heard.stream.is_open
+
+
+def test_streams_that_wait_for_the_connection_take_turns(peer: Peer):
+    peer.send(SETTINGS, struct.pack(">HI", 4, 2**20))
+    streams = [peer.open(number, 5) for number in (1, 3, 5)]
+    for heard in streams:
+        assert heard is not None
+        heard.stream.respond(b"\x88", bytes(10**5), b"\x88")
+    peer.wire.frames()
+    for _ in range(6):
+        peer.send(WINDOW_UPDATE, struct.pack(">I", 100), 0, 0)
+    assert [stream for _, _, stream, _ in peer.wire.frames()] == [1, 3, 5, 1, 3, 5]
 
 
 def test_a_connection_that_nobody_reads_is_cut_in_time(peer: Peer):
