@@ -72,7 +72,7 @@ async def stream(scope, receive, send) -> None:
 
 
 async def main() -> None:
-    server = HttpServer(Application(), Health(), "127.0.0.1", 0, HttpSettings(**json.loads(sys.argv[1])), drain_timeout_s=5)
+    server = HttpServer(Application(), Health(), "127.0.0.1", 0, HttpSettings(**json.loads(sys.argv[1])), drain_timeout_s=30)
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     await server.start()
