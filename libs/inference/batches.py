@@ -3,13 +3,17 @@
 Only requests of one deployment are joined, so datatypes agree; what must agree besides is the shape of a row and the outputs asked for.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from libs.inference.requests import InferRequest
-from libs.runner.wire import Arrays
+from libs.inference.tensors import Array
+from libs.runner.wire import Arrays, Rows
 from schemas.inference import Signature
+
+_COPIED_BYTES = 65_536
+"""Inputs up to this size are copied into one array; larger ones are written to the runner one behind the other."""
 
 
 class UnevenBatchError(ValueError):
@@ -45,12 +49,22 @@ def batch_key(request: InferRequest) -> Hashable:
     return (request.outputs, *sorted((name, array.shape[1:]) for name, array in inputs.items()))
 
 
-def join(requests: Sequence[InferRequest]) -> Arrays:
-    """Return the inputs of requests with one key, row after row; those of a single request as they are."""
+def join(requests: Sequence[InferRequest]) -> dict[str, Rows]:
+    """Return the inputs of requests with one key, row after row; those of a single request, and large ones, as they are."""
     first = requests[0].inputs
     if len(requests) == 1:
-        return first
-    return {name: np.concatenate([request.inputs[name] for request in requests]) for name in first}
+        return dict(first)
+    return {name: _joined([request.inputs[name] for request in requests]) for name in first}
+
+
+def _joined(arrays: list[Array]) -> Rows:
+    is_large = arrays[0].dtype.kind != "O" and sum(array.nbytes for array in arrays) > _COPIED_BYTES
+    return arrays if is_large else np.concatenate(arrays)
+
+
+def whole(inputs: Mapping[str, Rows]) -> Arrays:
+    """Return the inputs of a batch as one array each."""
+    return {name: np.concatenate(rows) if isinstance(rows, list) else rows for name, rows in inputs.items()}
 
 
 def split(outputs: Arrays, counts: Sequence[int]) -> list[Arrays]:

@@ -22,6 +22,7 @@ from libs.runner.wire import (
     Buffer,
     Frame,
     FrameReader,
+    Rows,
     TensorSpec,
     WireError,
     decode_tensors,
@@ -119,7 +120,7 @@ class RunnerClient:
 
     def send(
         self,
-        inputs: Mapping[str, Array],
+        inputs: Mapping[str, Rows],
         *,
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,

@@ -1,7 +1,7 @@
 """The runners that a process asks: one connection to each, shared by everybody in it."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from opentelemetry import trace
@@ -13,7 +13,7 @@ from libs.inference.requests import InferRequest, InferResponse, Span
 from libs.inference.routing import Route
 from libs.inference.spans import RunnerSpans
 from libs.inference.tokens import runner_token
-from libs.runner.wire import Arrays
+from libs.runner.wire import Rows
 from schemas.registry import Replica
 
 
@@ -45,7 +45,7 @@ class RunnerPool:
         self,
         route: Route,
         replica: Replica,
-        inputs: Arrays,
+        inputs: Mapping[str, Rows],
         outputs: tuple[str, ...] | None,
         traceparent: str | None,
         done: Done,

@@ -53,6 +53,8 @@ REMEMBERED_HEAD_BYTES = 4096
 
 Buffer = Union[bytes, bytearray, memoryview]
 Arrays = dict[str, "np.ndarray[Any, Any]"]
+Rows = Union["np.ndarray[Any, Any]", "list[np.ndarray[Any, Any]]"]
+"""An array, or the arrays whose rows follow one another in it; so written, large ones are not copied."""
 
 _LENGTH = struct.Struct("<I")
 _JOIN_BELOW_BYTES = 64 * 1024
@@ -336,15 +338,22 @@ def _encode_elements(array: np.ndarray[Any, Any]) -> bytes:
     return b"".join(parts)
 
 
-def encode_tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
+def encode_tensors(arrays: Mapping[str, Rows]) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
     """Encode named arrays in their order; what comes first can be the key of a remembered head."""
     specs: list[TensorSpec] = []
     buffers: list[Buffer] = []
-    for name, array in arrays.items():
-        spec, data = _encode(name, array)
-        specs.append(spec)
-        buffers.append(data)
+    for name, rows in arrays.items():
+        pieces = [_encode(name, piece) for piece in (rows if isinstance(rows, list) else (rows,))]
+        buffers += [data for _, data in pieces]
+        specs.append(pieces[0][0] if len(pieces) == 1 else _spec_of_all([spec for spec, _ in pieces]))
     return tuple(specs), buffers
+
+
+def _spec_of_all(pieces: Sequence[TensorSpec]) -> TensorSpec:
+    """The tensor whose rows are those of the pieces, one after the other."""
+    first = pieces[0]
+    shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
+    return TensorSpec(first.name, first.datatype, shape, sum(piece.size_bytes for piece in pieces))
 
 
 def describe_tensors(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:

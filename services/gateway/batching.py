@@ -1,17 +1,19 @@
 """Batches of one deployment's requests: which requests leave together, when, and for which replica. No I/O and no clock.
 
-A batch leaves at once when a replica is idle, and when the earlier batch returns otherwise, so batching adds no waiting at low load.
+A batch leaves at once when a replica is idle, and when the earlier batch returns otherwise, so batching adds no waiting at low load. A
+replica whose model is quick is given the next batch while it has one: else it would be idle for as long as the gateway writes the
+answers of the last and reads the requests of the next.
 """
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from libs.inference.batches import is_batchable
 from libs.inference.requests import InferRequest
 from libs.inference.routing import Route
-from libs.runner.wire import Arrays
+from libs.runner.wire import Arrays, Rows
 from schemas.registry import Replica
 from services.gateway.predictions import Ask, Caller, Done
 
@@ -23,13 +25,16 @@ MOST_PASSED_OVER = 64
 class BatchLimits:
     """How much one batch holds, how many batches a replica is given at once, and how much may wait for one deployment.
 
+    ``in_flight`` batches are given to a replica only while the way to the model and back takes longer than the model does; else one: a
+    slower model does better with one large batch than with two small ones.
+
     ``takes_s`` is how long a batch may be expected to take: larger ones of a slow model would gain nothing and keep everybody waiting for
     the last row. ``wait_s`` is the longest expected wait of a request that is still accepted.
     """
 
     rows: int = 16_384
     size_bytes: int = 8 * 2**20
-    in_flight: int = 1
+    in_flight: int = 2
     queued: int = 1024
     takes_s: float = 0.1
     wait_s: float = 1.0
@@ -84,7 +89,7 @@ class Batch:
     rows: int
     reason: str
     sent_s: float
-    inputs: Arrays
+    inputs: Mapping[str, Rows]
     outputs: Arrays | None = None
     answered_s: float = 0.0
     model_s: float = 0.0
@@ -135,6 +140,10 @@ class Pace:
         return int(max(0.0, takes_s - self.fixed_s) / self.row_s) if self.row_s > 0 else 2**31
 
 
+_LEARNING = 0.1
+"""Weight of the last batch in the model's part of the time."""
+
+
 class Lane:
     """The queue of one deployment and what its replicas are busy with.
 
@@ -158,6 +167,8 @@ class Lane:
         self._queue: OrderedDict[Pending, None] = OrderedDict()
         self._busy: dict[Replica, int] = dict.fromkeys(route.replicas, 0)
         self._lost: set[Replica] = set()
+        self._returned_s: dict[Replica, float] = {}
+        self._model_part = 1.0
         self.is_away = not self._busy
 
     @property
@@ -203,6 +214,7 @@ class Lane:
         self.route = route
         self._busy = {replica: self._busy.get(replica, 0) for replica in route.replicas}
         self._lost.intersection_update(self._busy)
+        self._returned_s = {replica: at_s for replica, at_s in self._returned_s.items() if replica in self._busy}
         self.is_away = len(self._lost) == len(self._busy)
 
     def put(self, pending: Pending) -> None:
@@ -249,15 +261,20 @@ class Lane:
         if self._busy.get(replica, 0) > 0:
             self._busy[replica] -= 1
 
-    def returned(self, batch: Batch, took_s: float) -> None:
-        """Count out a batch."""
-        self.release(batch.replica)
+    def returned(self, batch: Batch) -> None:
+        """Count out a batch; its time began when the replica was done with the one before it."""
+        replica, answered_s = batch.replica, batch.answered_s
+        self.release(replica)
+        took_s = max(answered_s - max(batch.sent_s, self._returned_s.get(replica, 0.0)), batch.model_s)
+        self._returned_s[replica] = answered_s
         self.pace.add(batch.rows, took_s)
+        if took_s > 0:
+            self._model_part += _LEARNING * (batch.model_s / took_s - self._model_part)
 
     def idle_replica(self) -> Replica | None:
         """The replica with the least to do, if it may be given a batch."""
         best: Replica | None = None
-        least = self.limits.in_flight
+        least = self.limits.in_flight if self._model_part < 0.5 else 1
         for replica, busy in self._busy.items():
             if busy < least and replica not in self._lost:
                 best, least = replica, busy

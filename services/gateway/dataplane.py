@@ -318,10 +318,12 @@ class DataPlane:
 
     def _take(self, lane: Lane, batch: Batch, answer: InferResponse | MillraceError) -> None:
         batch.answered_s = monotonic()
+        if isinstance(answer, InferResponse):
+            batch.outputs, batch.model_s = answer.outputs, answer.model_s
         if isinstance(answer, RunnerGoneError | NotReadyError | DeadlineExceededError):
             lane.release(batch.replica)  # says nothing of how long batches take
         else:
-            lane.returned(batch, batch.answered_s - batch.sent_s)
+            lane.returned(batch)
         if isinstance(answer, RunnerGoneError | NotReadyError | RunnerHungError):
             lane.lose(batch.replica)
             self._probe(batch.replica)
@@ -332,7 +334,6 @@ class DataPlane:
             self._recorder.batch_ended(batch, answer)
             self._failed(lane, batch, answer)
             return
-        batch.outputs, batch.model_s = answer.outputs, answer.model_s
         try:
             parts = [answer.outputs] if len(batch.members) == 1 else split(answer.outputs, [pending.rows for pending in batch.members])
         except UnevenBatchError as error:

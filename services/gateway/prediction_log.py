@@ -6,7 +6,7 @@ import struct
 import time
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from libs.errors import MillraceError
+from libs.inference.batches import whole
 from libs.messaging.broker import Producer
 from libs.messaging.records import Record
 from libs.messaging.retry import Retry
 from libs.predictions.records import COLUMNS, Block
 from libs.runner.wire import Arrays
+from libs.runner.wire import Rows as TensorRows
 from schemas.predictions import OutcomeCounts, PredictionLogMode, PredictionLogSettings
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class BatchLike(Protocol):
     """What is captured of a batch; ``batching.Batch`` is one."""
 
     @property
-    def inputs(self) -> Arrays: ...
+    def inputs(self) -> Mapping[str, TensorRows]: ...
 
     @property
     def outputs(self) -> Arrays | None: ...
@@ -193,12 +195,14 @@ class DeploymentLog:
 
     def capture(self, sequences: list[int], rows: list[int], request_ids: list[str], batch: BatchLike, allowance: Budget) -> str | None:
         """Keep inputs and outputs of the requests that are sampled; the reason when they were left out."""
-        outputs = batch.outputs or {}
+        if self._budget.left <= 0 and self.settings.sample_percent >= 100:
+            return "rate"
+        inputs, outputs = whole(batch.inputs), batch.outputs or {}
         count, size_bytes, aligned = batch.rows, 0, True
-        for array in (*batch.inputs.values(), *outputs.values()):
+        for array in (*inputs.values(), *outputs.values()):
             size_bytes += array.nbytes if array.dtype.kind != "O" else _element_bytes(array)
             aligned = aligned and array.ndim > 0 and len(array) == count
-        taken = Captured(sequences, rows, batch.inputs, outputs, size_bytes, aligned)
+        taken = Captured(sequences, rows, inputs, outputs, size_bytes, aligned)
         if self.settings.sample_percent < 100:
             taken = _picked(taken, [is_sampled(request_id, self.settings.sample_percent) for request_id in request_ids])
             if not taken.sequences:

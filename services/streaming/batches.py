@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from libs.errors import MillraceError
 from libs.inference import v1, v2
 from libs.inference.batches import batch_key as key_of
-from libs.inference.batches import is_batchable, join, row_count
+from libs.inference.batches import is_batchable, join, row_count, whole
 from libs.inference.requests import InferRequest
 from libs.inference.routing import Route
 from libs.runner.wire import Arrays
@@ -294,4 +294,4 @@ def _cut(items: Sequence[Item], counts: Sequence[int], limit: int) -> Iterator[t
 
 def _concatenated(route: Route, items: list[Item], counts: list[int]) -> Batch:
     requests = [item.asked for item in items if item.asked is not None]
-    return Batch(route, items, counts, join(requests), requests[0].outputs)
+    return Batch(route, items, counts, whole(join(requests)), requests[0].outputs)

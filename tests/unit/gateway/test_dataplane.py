@@ -39,14 +39,16 @@ class Asked:
     outputs: tuple[str, ...] | None
     done: Callable[[Any], None]
     timeout_s: float | None
+    is_answered: bool = False
 
     @property
     def rows(self) -> list[float]:
         return self.inputs["x"][:, 0].tolist()
 
-    def answer(self, error: MillraceError | None = None) -> None:
+    def answer(self, error: MillraceError | None = None, model_s: float = 0.001) -> None:
         """The sum of each row, or an error."""
-        self.done(error or InferResponse({"y": self.inputs["x"].sum(axis=1)}, model_s=0.25))
+        self.is_answered = True
+        self.done(error or InferResponse({"y": self.inputs["x"].sum(axis=1)}, model_s=model_s))
 
 
 class Pool:
@@ -201,6 +203,31 @@ async def test_what_comes_while_a_batch_is_under_way_leaves_when_it_returns(benc
     assert [asked.rows for asked in bench.pool.asked] == [[1], [2, 3]]
     assert ("sent", "idle", 1) in bench.recorder.notes
     assert ("sent", "returned", 2) in bench.recorder.notes
+
+
+async def test_a_replica_is_given_the_next_batch_before_it_is_done_with_one_only_while_its_model_is_quick(bench):
+    def in_flight() -> int:
+        return bench.plane.lanes["sums.sums.1"].in_flight
+
+    async def answered(batches: int, model_s: float) -> None:
+        for _ in range(batches):
+            bench.ask((1, 0))
+            await turn()
+            asked = next(asked for asked in bench.pool.asked if not asked.is_answered)
+            asked.answer(model_s=model_s)
+
+    await answered(20, model_s=0.0)
+    for number in (1, 2, 3):
+        bench.ask((number, 0))
+        await turn()
+    assert (in_flight(), [asked.rows for asked in bench.pool.asked[-2:]]) == (2, [[1], [2]])
+    for asked in bench.pool.each_after(19):
+        asked.answer(model_s=0.0)
+    await answered(20, model_s=0.001)
+    for number in (1, 2):
+        bench.ask((number, 0))
+        await turn()
+    assert in_flight() == 1
 
 
 async def test_only_rows_of_one_shape_share_a_batch(bench):
@@ -663,7 +690,7 @@ async def test_a_slow_model_gets_batches_that_end_in_time(bench):
     for number in range(2, 8):
         bench.ask((number, 0))
     await turn()
-    bench.plane.lanes["sums.sums.1"].returned = lambda batch, _: bench.plane.lanes["sums.sums.1"].release(batch.replica)
+    bench.plane.lanes["sums.sums.1"].returned = lambda batch: bench.plane.lanes["sums.sums.1"].release(batch.replica)
     bench.pool.asked[0].answer()
     assert bench.pool.asked[1].rows == [2, 3, 4]
 

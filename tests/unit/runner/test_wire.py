@@ -158,3 +158,11 @@ def test_a_stranger_may_send_small_frames_only() -> None:
 def test_a_meta_part_that_is_no_object_is_refused(meta: bytes) -> None:
     with pytest.raises(wire.WireError, match="meta"):
         wire.FrameReader().feed(wire.PREFIX.pack(len(meta), 0, 0) + meta)
+
+
+@pytest.mark.parametrize("rows", [3, 20_000])
+def test_arrays_whose_rows_follow_one_another_are_written_as_one(rows):
+    pieces = [np.arange(rows * 2, dtype=float).reshape(rows, 2) + number for number in range(3)]
+    one, written = wire.encode_tensors({"x": pieces, "y": np.ones(2)}), wire.encode_tensors({"x": np.concatenate(pieces), "y": np.ones(2)})
+    assert one[0] == written[0]
+    assert b"".join(one[1]) == b"".join(written[1])
