@@ -66,7 +66,8 @@ class MemoryBroker:
         async with self._changed:
             if not any(len(self._records[topic]) > position for topic, position in positions.items()):
                 try:
-                    await asyncio.wait_for(self._changed.wait(), timeout_s)
+                    async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 can swallow a cancellation
+                        await self._changed.wait()
                 except TimeoutError:
                     return []
             taken: list[Record] = []
