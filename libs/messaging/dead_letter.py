@@ -7,7 +7,7 @@ from datetime import datetime
 from libs import telemetry
 from libs.errors import InvalidMessage
 from libs.messaging import cloudevents
-from libs.messaging.records import Record
+from libs.messaging.records import MAX_RECORD_BYTES, Record
 from schemas.dead_letter import DeadLetter
 
 MAX_ORIGINAL_BYTES = 655_360
@@ -18,11 +18,19 @@ MAX_CAUSE_CHARS = 4096
 _MAX_KEY_BYTES = 4096
 
 
-def dead_letter(record: Record, error: Exception, consumer: str, now: datetime) -> Record:
-    """The record for the dead-letter topic; its id derives from the origin and the consumer, so a repeat is the same dead letter."""
+def dead_letter(record: Record, error: Exception, consumer: str, now: datetime, *, max_bytes: int = MAX_RECORD_BYTES) -> Record:
+    """The record for the dead-letter topic; its id derives from the origin and the consumer, so a repeat is the same dead letter.
+
+    It has ``max_bytes`` at most (which must not be below 64 KiB): what would make it larger is left out.
+    """
+    written = _written(record, error, consumer, now, is_carried=record.size_bytes <= MAX_ORIGINAL_BYTES)
+    # Names of headers are JSON, in which one byte can take six.
+    return written if written.size_bytes <= max_bytes else _written(record, error, consumer, now, is_carried=False)
+
+
+def _written(record: Record, error: Exception, consumer: str, now: datetime, *, is_carried: bool) -> Record:
     event_id = _short(record.header("ce_id"))
     place = f"{record.topic}-{record.partition}-{record.offset}"
-    fits = record.size_bytes <= MAX_ORIGINAL_BYTES
     data = DeadLetter(
         origin_topic=record.topic,
         origin_partition=record.partition,
@@ -31,10 +39,10 @@ def dead_letter(record: Record, error: Exception, consumer: str, now: datetime) 
         cause=(str(error) or repr(error))[:MAX_CAUSE_CHARS],
         error=type(error).__name__,
         event_id=event_id,
-        key_base64=_encode(record.key) if fits else None,
-        value_base64=_encode(record.value) if fits else None,
-        value_truncated=not fits,
-        headers_base64=tuple((name, base64.b64encode(content or b"").decode()) for name, content in record.headers) if fits else (),
+        key_base64=_encode(record.key) if is_carried else None,
+        value_base64=_encode(record.value) if is_carried else None,
+        value_truncated=not is_carried,
+        headers_base64=tuple((name, base64.b64encode(content or b"").decode()) for name, content in record.headers) if is_carried else (),
     )
     event = cloudevents.Event(
         id=cloudevents.derived_id(place, data.event_type, consumer),

@@ -91,7 +91,7 @@ class Answerer:
     Attributes
     ----------
     max_value_bytes
-        Results with a larger body go to the artifact store.
+        Results with a larger body go to the artifact store, and dead letters are no larger.
     written_bytes
         Bodies of the results of the last chunk.
     """
@@ -310,7 +310,7 @@ class Answerer:
         if item.span is not None:
             item.span.set_status(Status(StatusCode.ERROR, error.message))
         item.outcome = "expired" if isinstance(error, DeadlineExceededError) else "failed"
-        letter = dead_letter(taken.record(self._topic), error, SERVICE, self._parts.clock())
+        letter = dead_letter(taken.record(self._topic), error, SERVICE, self._parts.clock(), max_bytes=self.max_value_bytes)
         item.written = [
             turn.writer.failed(item.request, error),
             Given(letter.topic, letter.key, letter.value, letter.headers),

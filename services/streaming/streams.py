@@ -259,7 +259,7 @@ class Stream:
         self._figures.in_flight.value -= sum(len(entry.items) for entry in some)
 
     def _learn_from(self, error: TransientError) -> None:
-        """Send smaller records to a broker that has found one too large; larger ones go to the artifact store."""
+        """Send smaller records to a broker that has found one too large; larger results go to the artifact store."""
         if isinstance(error, SessionLostError) and error.is_too_large:
             self._answerer.max_value_bytes = max(_LOWEST_LIMIT_BYTES, self._answerer.max_value_bytes // 2)
 

@@ -48,6 +48,7 @@ def test_the_same_record_gives_the_same_dead_letter_and_another_consumer_its_own
         Record("t", b"k" * MAX_RECORD_BYTES, b"x"),
         Record("t", b"k", b"x", (("big", b"x" * MAX_RECORD_BYTES),)),
         Record("t", b"k", b"x" * MAX_ORIGINAL_BYTES),
+        Record("t", b"k", b"x", (("\x01" * 200_000, b"in JSON its name is six times as long"),)),
     ],
 )
 def test_an_original_that_is_too_large_is_left_where_it_is_and_replaying_it_says_so(record):
@@ -65,6 +66,13 @@ def test_the_largest_original_that_is_carried_fits_a_record():
     letter = cloudevents.read(written).data
     assert not letter.value_truncated
     assert len(base64.b64decode(letter.value_base64)) == len(record.value)
+
+
+def test_a_broker_that_takes_less_gets_less():
+    record = Record("t", b"k", b"x" * 100_000)
+    assert cloudevents.read(dead_letter(record, InvalidMessage("bad"), "registry", NOW, max_bytes=100_000)).data.value_truncated
+    assert dead_letter(record, InvalidMessage("\x01" * 10_000), "registry", NOW, max_bytes=65_536).size_bytes <= 65_536
+    assert not letter_of(record).data.value_truncated
 
 
 def test_envelope_attributes_of_any_length_cannot_break_a_dead_letter():

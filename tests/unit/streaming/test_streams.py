@@ -404,6 +404,23 @@ async def test_smaller_results_are_sent_to_a_broker_that_found_one_too_large(wor
     assert len(InferenceResult.model_validate_json(body).predictions) == 40_000
 
 
+async def test_a_dead_letter_that_is_too_large_for_the_broker_leaves_its_record_where_it_is(world, run, monkeypatch):
+    commit = MemoryStreamLog.commit
+
+    async def strict(self: Any, assignment: int, results: Any, offsets: Any) -> bool:
+        if any(len(result.value) > 300_000 for result in results):
+            raise SessionLostError("the broker refused a record", is_too_large=True)
+        return await commit(self, assignment, results, offsets)
+
+    monkeypatch.setattr(MemoryStreamLog, "commit", strict)
+    await world.endpoint((await world.runner()).replica)
+    await world.ask(b"x" * 400_000)
+    async with run(world.streams()):
+        await world.until(lambda: world.broker.committed(GROUP, REQUESTS) == 1)
+    (letter,) = world.dead_letters()
+    assert (letter.value_truncated, letter.origin_topic, letter.origin_offset) == (True, REQUESTS, 0)
+
+
 async def test_a_request_whose_body_is_in_the_store_is_answered(world, run):
     body = json.dumps({"instances": [[number, 0] for number in range(1000)]}).encode()
 
