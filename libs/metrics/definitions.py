@@ -117,7 +117,6 @@ LEDGER_RECOVERED = _counter(
     "millrace_ledger_recovered_total", "Requests whose end was settled for a gateway that did not live to do it, by outcome.", "outcome"
 )
 GATEWAY_INSTANCE = _gauge("millrace_gateway_instance_info", "1 for each living gateway process, by the id it has in the log.", "instance")
-GATEWAY_WORKERS = _gauge("millrace_gateway_workers", "Gateway processes whose numbers are added up here.")
 
 # Events and the broker, in every service
 

@@ -6,7 +6,7 @@ bear to lose a count.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from libs.metrics.definitions import METRICS, Kind, Metric
@@ -67,12 +67,16 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one instrument has come to; of a histogram ``counts`` and the sum, of others the value."""
+    """What one instrument has come to; of a histogram ``counts`` and the sum, of others the value.
+
+    ``worker``: whose instrument it is, where a service has several processes and this is another's.
+    """
 
     metric: Metric
     labels: Labels
     value: float
     counts: tuple[int, ...] = ()
+    worker: str = ""
 
 
 _KNOWN = {metric.name: metric for metric in METRICS}
@@ -82,9 +86,15 @@ class Metrics:
     """All instruments of one process, or of one part of it.
 
     Whoever counts often asks for its instruments once and keeps them.
+
+    Attributes
+    ----------
+    worker
+        Of the whole process's: which of several it is, where a service has several.
     """
 
     def __init__(self) -> None:
+        self.worker = ""
         self._counters: dict[tuple[Metric, Labels], Counter] = {}
         self._gauges: dict[tuple[Metric, Labels], Gauge] = {}
         self._histograms: dict[tuple[Metric, Labels], Histogram] = {}
@@ -153,10 +163,10 @@ class Metrics:
 
 
 def summed(groups: Iterable[Iterable[Sample]]) -> list[Sample]:
-    """The samples of several processes as those of one: equal ones are added."""
-    together: dict[tuple[Metric, Labels], Sample] = {}
+    """The samples of several parts of a process as those of one: equal ones are added."""
+    together: dict[tuple[Metric, Labels, str], Sample] = {}
     for sample in (sample for samples in groups for sample in samples):
-        key = (sample.metric, sample.labels)
+        key = (sample.metric, sample.labels, sample.worker)
         other = together.get(key)
         together[key] = sample if other is None else _sum(other, sample)
     return list(together.values())
@@ -164,7 +174,7 @@ def summed(groups: Iterable[Iterable[Sample]]) -> list[Sample]:
 
 def _sum(one: Sample, other: Sample) -> Sample:
     counts = tuple(mine + more for mine, more in zip(one.counts, other.counts, strict=True))
-    return Sample(one.metric, one.labels, one.value + other.value, counts)
+    return replace(one, value=one.value + other.value, counts=counts)
 
 
 def as_document(samples: Iterable[Sample]) -> list[list[Any]]:
@@ -172,13 +182,13 @@ def as_document(samples: Iterable[Sample]) -> list[list[Any]]:
     return [[sample.metric.name, sample.labels, sample.value, sample.counts] for sample in samples]
 
 
-def from_document(document: Iterable[Sequence[Any]]) -> list[Sample]:
+def from_document(document: Iterable[Sequence[Any]], worker: str) -> list[Sample]:
     """Samples of another process; metrics that are not known here, or differ, are left out."""
     samples = []
     for name, labels, value, counts in document:
         metric = _KNOWN.get(name)
         if metric is not None and len(labels) == len(metric.labels) and len(counts) == _bucket_count(metric):
-            samples.append(Sample(metric, tuple(labels), value, tuple(counts)))
+            samples.append(Sample(metric, tuple(labels), value, tuple(counts), worker))
     return samples
 
 

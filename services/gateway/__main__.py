@@ -6,6 +6,7 @@ import sys
 import uvloop
 
 from libs.lifecycle import Component
+from libs.metrics import PROCESS
 from libs.process import run_service
 from services.gateway.app import build
 from services.gateway.settings import Settings
@@ -27,6 +28,7 @@ def main() -> None:
             return [Workers(settings)]
         if number is None:
             return list(build(settings).components)
+        PROCESS.worker = str(number)
         return [*build(settings, reuse_port=True).components, SupervisorWatch()]
 
     gc.freeze()

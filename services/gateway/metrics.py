@@ -11,7 +11,6 @@ from pathlib import Path
 import orjson
 
 from libs.metrics import PROCESS, Metrics
-from libs.metrics import definitions as metric
 from libs.metrics.exposition import Exposition
 from libs.metrics.instruments import Sample, as_document, from_document
 from services.gateway.exchange import Incoming, Outgoing
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 WRITE_S = 1.0
 STALE_S = 10.0
-"""A worker that has not written for so long is gone, and its numbers with it, as they are when a process restarts."""
+"""A worker that has not written for so long is gone, and its numbers with it."""
 
 
 class MetricsDoor:
@@ -41,16 +40,16 @@ class MetricsDoor:
 
 
 class SharedMetrics:
-    """Lets gateway workers add each other's numbers to their own: each writes its own to a file once a second; a component.
+    """Lets gateway workers show each other's numbers beside their own: each writes its own to a file once a second; a component.
 
-    Whichever worker a scrape happens to reach, the sums are those of all, up to a second old. ``process_*`` are the answering worker's.
+    Whichever worker a scrape happens to reach, the numbers are those of all, up to a second old. ``process_*`` are the answering worker's.
+    A worker that is started again writes to the file of the one whose place it takes.
     """
 
     def __init__(self, directory: Path, instance: str, metrics: Metrics) -> None:
         self._directory = directory
-        self._path = directory / f"metrics-{instance}.json"
+        self._path = directory / f"metrics-{PROCESS.worker or instance}.json"
         self._metrics = metrics
-        metrics.watch(metric.GATEWAY_WORKERS, lambda: [((), 1)])
 
     async def start(self) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -74,7 +73,9 @@ class SharedMetrics:
             log.warning("the other workers do not see this one's metrics: %s", error)
 
     def others(self) -> Iterable[Sample]:
-        """What the other workers have written."""
+        """What the other workers have written. This one writes too: what it has just shown, no other may show less of a moment later."""
+        if PROCESS.worker:
+            self.write()
         oldest = time.time() - STALE_S
         for path in self._directory.glob("metrics-*.json"):
             if path == self._path:
@@ -83,4 +84,4 @@ class SharedMetrics:
                 if path.stat().st_mtime < oldest:
                     path.unlink()
                 else:
-                    yield from from_document(orjson.loads(path.read_bytes()))
+                    yield from from_document(orjson.loads(path.read_bytes()), path.stem.removeprefix("metrics-"))

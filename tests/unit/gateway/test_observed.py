@@ -1,10 +1,14 @@
 """What a whole gateway shows of itself: ``/metrics``, and the prediction log of its endpoints."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from libs.cli.requests import parse_metrics
+from libs.metrics import PROCESS
+from libs.metrics.exposition import Exposition
 from libs.predictions import records
 from libs.predictions.records import PredictionBatch
 from schemas.predictions import PredictionLogMode
@@ -136,19 +140,47 @@ async def test_requests_are_refused_while_a_required_log_cannot_be_written(world
     await predicted(world, 200)
 
 
-async def test_workers_add_each_others_numbers_up(tmp_path):
-    async with recording(tmp_path / "a") as one, recording(tmp_path / "b") as other:
-        shared = [SharedMetrics(tmp_path, world.recorder.instance, world.metrics) for world in (one, other)]
-        for each in shared:
-            await each.start()
-        other.answer("a", "b")
-        shared[1].write()
-        theirs = {sample.metric.name: sample.value for sample in shared[0].others()}
-        assert theirs["millrace_requests_accepted_total"] == 2
-        assert theirs["millrace_gateway_workers"] == 1
-        await shared[1].stop()
-        assert list(shared[0].others()) == []
-        await shared[0].stop()
+@asynccontextmanager
+async def worker(number, directory, monkeypatch):
+    """A worker that shows its numbers, and what it shows of all."""
+    monkeypatch.setattr(PROCESS, "worker", str(number))
+    async with recording(directory / str(number)) as world:
+        shared = SharedMetrics(directory, world.recorder.instance, world.metrics)
+        await shared.start()
+        yield world, shared, Exposition(world.metrics.samples, shared.others)
+
+
+async def test_workers_show_each_others_numbers(tmp_path, monkeypatch):
+    async with worker(1, tmp_path, monkeypatch) as (other, others_shared, _), worker(0, tmp_path, monkeypatch) as (one, shared, shown):
+        one.answer("a")
+        other.answer("b", "c")
+        others_shared.write()
+        text = shown.render("")[0].decode()
+        accepted = values(text, "millrace_requests_accepted_total")
+        assert {dict(labels)["worker"]: value for labels, value in accepted.items()} == {"0": 1, "1": 2}
+        counted = parse_metrics(text)
+        assert counted.ended == {"accepted": 3, "completed": 3}
+        assert len(counted.instances) == 2
+        await others_shared.stop()
+        assert list(shared.others()) == []
+        await shared.stop()
+
+
+async def test_no_counter_goes_down_from_one_worker_s_answer_to_the_next(tmp_path, monkeypatch):
+    async with worker(1, tmp_path, monkeypatch) as (_, _, next_shown), worker(0, tmp_path, monkeypatch) as (one, _, shown):
+        one.answer("a", "b")
+        accepted = [values(each.render("")[0].decode(), "millrace_requests_accepted_total") for each in (shown, next_shown)]
+        assert [list(each.values()) for each in accepted] == [[2], [2]]
+
+
+async def test_a_worker_takes_the_place_of_the_one_that_died(tmp_path, monkeypatch):
+    async with worker(1, tmp_path, monkeypatch) as (dead, its_shared, _):
+        dead.answer("a", "b")
+        its_shared.write()
+    async with worker(1, tmp_path, monkeypatch), worker(0, tmp_path, monkeypatch) as (_, _, shown):
+        text = shown.render("")[0].decode()
+        assert values(text, "millrace_requests_accepted_total") == {}
+        assert sorted(dict(labels)["worker"] for labels in values(text, "millrace_gateway_instance_info")) == ["0", "1"]
 
 
 async def test_requests_that_never_reach_the_data_plane_are_counted(tmp_path, make):

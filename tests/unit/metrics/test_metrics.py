@@ -1,16 +1,17 @@
 """Counting, adding up, and what Prometheus reads."""
 
 import asyncio
+import json
 import re
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from libs.metrics import Metrics
+from libs.metrics import PROCESS, Metrics
 from libs.metrics import definitions as metric
 from libs.metrics.definitions import METRICS, Kind
-from libs.metrics.exposition import of
+from libs.metrics.exposition import Exposition, of
 from libs.metrics.instruments import as_document, from_document, summed
 from libs.metrics.reference import PAGE, with_table
 from libs.metrics.server import MetricsServer
@@ -50,15 +51,29 @@ def test_openmetrics_is_given_to_whoever_accepts_it():
     assert {family.name for family in parse_openmetrics(body.decode())} > {"millrace_requests_accepted", "millrace_request_seconds"}
 
 
-def test_several_processes_are_added_up():
-    others = from_document(as_document(filled().samples()))
-    total = {(sample.metric.name, sample.labels): sample for sample in summed([filled().samples(), others])}
+def test_parts_of_a_process_are_added_up():
+    total = {(sample.metric.name, sample.labels): sample for sample in summed([filled().samples(), filled().samples()])}
     assert total["millrace_requests_accepted_total", ("e", "v1")].value == 6
     assert sum(total["millrace_request_seconds", ("e", "m", "1")].counts) == 6
 
 
+def test_each_process_of_a_service_has_its_own_series(monkeypatch):
+    document = json.loads(json.dumps(as_document(filled().samples())))
+    monkeypatch.setattr(PROCESS, "worker", "0")
+    text = Exposition(filled().samples, lambda: from_document(document, "1")).render("")[0].decode()
+    for worker in ("0", "1"):
+        assert value(text, "millrace_requests_accepted_total", endpoint="e", worker=worker) == 3
+        assert value(text, "millrace_log_available", worker=worker) == 1
+        assert value(text, "millrace_request_seconds_bucket", le="0.5", worker=worker) == 2
+    assert value(text, "process_open_fds", worker="0") > 0
+
+
+def test_the_only_process_of_a_service_has_no_label():
+    assert "worker=" not in of(filled()).render("")[0].decode()
+
+
 def test_what_another_version_counts_is_left_out():
-    assert from_document([["millrace_unknown_total", [], 1, []], ["millrace_request_seconds", ["e", "m", "1"], 1.0, [1, 2]]]) == []
+    assert from_document([["millrace_unknown_total", [], 1, []], ["millrace_request_seconds", ["e", "m", "1"], 1.0, [1, 2]]], "1") == []
 
 
 def test_what_is_put_off_is_done_before_reading():
