@@ -48,6 +48,9 @@ _HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 _ANSWERS = ("No solution found", "HTTP status client error")
 """The index was reached, and it said no."""
 
+_NOT_NOW = ("client error (408 ", "client error (429 ")
+"""The index was reached, and it said: later."""
+
 _UNREACHABLE = ("Failed to fetch", "error sending request", "Request failed", "timed out", "dns error", "Connection re")
 
 
@@ -66,7 +69,7 @@ class ImpossibleEnvironmentError(MillraceError):
 
 
 class EnvironmentUnavailableError(TransientError):
-    """The package index cannot be reached, or the disk is full."""
+    """The package index cannot be reached or is too busy, or the disk is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ async def run_uv(executable: Path, *arguments: str, timeout_s: float) -> UvOutco
     DeadlineExceededError
         It did not end in time and was killed, with everything it started.
     EnvironmentUnavailableError
-        It could not reach the package index, or there was no space left.
+        It could not reach the package index, the index was too busy, or there was no space left.
     """
     with tempfile.TemporaryDirectory() as directory:
         process = await _start(
@@ -208,7 +211,7 @@ class EnvironmentCache:
         ImpossibleEnvironmentError
             It cannot be made here: another platform, no such Python, a package that is gone or has another hash.
         EnvironmentUnavailableError
-            The package index cannot be reached, the disk is full, or another process takes too long to make it.
+            The package index cannot be reached or is too busy, the disk is full, or another process takes too long to make it.
         DeadlineExceededError
             The installation took too long.
         """
@@ -325,6 +328,8 @@ def _raise_if_transient(outcome: UvOutcome) -> None:
         return
     if "No space left on device" in outcome.stderr or "Disk quota exceeded" in outcome.stderr:
         raise EnvironmentUnavailableError("There is no space left on the disk to install packages.")
+    if any(sign in outcome.stderr for sign in _NOT_NOW):
+        raise EnvironmentUnavailableError(f"The package index is too busy: {first_cause(outcome.stderr)}")
     if any(sign in outcome.stderr for sign in _ANSWERS):
         return
     if any(sign in outcome.stderr for sign in _UNREACHABLE):

@@ -32,10 +32,19 @@ TRANSITIONS: dict[VersionStatus, frozenset[VersionStatus]] = {
 
 
 def register(state: State, command: RegisterVersion, context: Context) -> Decision:
-    """The next version of a model; content that exists already is answered with the version that has it."""
+    """The next version of a model; content that exists already is answered with the version that has it.
+
+    What could not be built may be buildable later, so the same content is tried again, as a new version. What was rejected stays so.
+    """
     name = command.model_name
     model = state.models.get(name)
     existing = next((version for version in state.versions_of(name) if _same_content(version, command.spec)), None)
+    if existing is not None and existing.status is VersionStatus.REJECTED:
+        reference = f"{name}@{existing.version}"
+        raise conflict(
+            f"version {existing.version} of {name!r} has the same content and was rejected, which is final: {existing.reason}; "
+            f"to have it judged again, first `millrace models archive {reference}`"
+        )
     if model is not None and existing is not None:
         return _registered_again(model, existing, command, context)
     if model is None:
@@ -60,7 +69,6 @@ def _registered_again(model: ModelSnapshot, version: VersionSnapshot, command: R
     fact = VersionAlreadyRegistered(model_name=version.model_name, version=version.version)
     if not command.aliases:
         return Decision((fact,))
-    _check_usable(version)
     if version.status is VersionStatus.VALIDATED:
         return Decision((fact,)) + _aliased(model, command.aliases, version.version, context)
     pending = tuple(dict.fromkeys((*version.pending_aliases, *command.aliases)))
@@ -179,7 +187,7 @@ def _moved(version: VersionSnapshot, status: VersionStatus, context: Context, **
 def _same_content(version: VersionSnapshot, spec: VersionSpec) -> bool:
     mine = version.spec
     return (
-        version.status is not VersionStatus.ARCHIVED
+        version.status not in (VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED)
         and mine.artifact.sha256 == spec.artifact.sha256
         and (mine.format, mine.requirements, mine.example) == (spec.format, spec.requirements, spec.example)
     )

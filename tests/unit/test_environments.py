@@ -202,6 +202,19 @@ class TestUv:
         with pytest.raises(EnvironmentUnavailableError, match="index cannot be reached"):
             await run_uv(find_uv(), "pip", "compile", str(asked), timeout_s=30)
 
+    @pytest.mark.parametrize("status", ["408 Request Timeout", "429 Too Many Requests"])
+    async def test_an_index_that_is_too_busy_can_be_tried_again(self, status: str, tmp_path: Path) -> None:
+        said = f"error: Failed to fetch: http://index/pump/\n  cause: HTTP status client error ({status}) for url (http://index/pump/)"
+        busy = program(tmp_path / "uv", f"echo '{said}' >&2; exit 2")
+        with pytest.raises(EnvironmentUnavailableError, match=status):
+            await run_uv(busy, "pip", "compile", timeout_s=30)
+
+    async def test_an_index_that_says_no_has_said_it(self, tmp_path: Path) -> None:
+        said = (
+            "error: Failed to fetch: http://index/pump/\n  cause: HTTP status client error (400 Bad Request) for url (http://index/pump/)"
+        )
+        assert (await run_uv(program(tmp_path / "uv", f"echo '{said}' >&2; exit 2"), "pip", "compile", timeout_s=30)).status == 2
+
     def test_causes_are_told_in_one_line(self) -> None:
         stderr = "error: Request failed\n  cause: Failed to fetch\n  cause: Connection\n         refused\n\nhint: try again"
         assert first_cause(stderr) == "Failed to fetch: Connection refused"

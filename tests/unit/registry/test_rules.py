@@ -134,7 +134,9 @@ def test_a_rejected_upload_leaves_the_alias_where_it_was(serving):
     serving.do(command)
     serving.do(VersionRejected(model_name="iris", version=3, gate="inspection", reason="it is a text file"))
     assert serving.state.models["iris"].aliases == {"prod": 1}
-    assert serving.refused(command).message == "version 3 of 'iris' is rejected; an alias cannot point at it"
+    assert serving.refused(SetAlias(model_name="iris", alias="prod", version=3)).message == (
+        "version 3 of 'iris' is rejected; an alias cannot point at it"
+    )
 
 
 def test_the_same_artifact_with_other_requirements_is_another_version(world):
@@ -143,6 +145,28 @@ def test_the_same_artifact_with_other_requirements_is_another_version(world):
 
 def test_content_of_an_archived_version_can_be_registered_again(world):
     world.register()
+    world.do(ArchiveVersion(model_name="iris", version=1))
+    assert world.register() == 2
+
+
+def test_content_that_could_not_be_built_is_tried_again_as_a_new_version(world):
+    world.register()
+    world.do(VersionInspected(model_name="iris", version=1, format="sklearn", requirements=("scikit-learn",), inferred=True))
+    world.do(VersionBuildFailed(model_name="iris", version=1, reason="the index was asked too often"))
+    assert world.register() == 2
+    world.validate(version=2)
+    assert world.register() == 2
+
+
+def test_content_that_was_rejected_stays_rejected_until_its_version_is_archived(world):
+    world.register()
+    world.do(VersionRejected(model_name="iris", version=1, gate="inspection", reason="it is a text file"))
+    error = world.refused(RegisterVersion(model_name="iris", spec=_spec()))
+    assert (error.kind, error.message) == (
+        RefusalKind.CONFLICT,
+        "version 1 of 'iris' has the same content and was rejected, which is final: it is a text file; "
+        "to have it judged again, first `millrace models archive iris@1`",
+    )
     world.do(ArchiveVersion(model_name="iris", version=1))
     assert world.register() == 2
 
