@@ -19,6 +19,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from libs.local.home import Home
+
+PATIENT_GATEWAY = {
+    "GATEWAY_REPLICA_WAIT_MS": "60000",
+    "GATEWAY_PREDICT_TIMEOUT_MS": "60000",
+    "GATEWAY_QUEUE_MS": "60000",
+    "GATEWAY_COMMAND_WAIT_S": "60",
+}
+"""Where it is not its limits that are tested: on a busy machine a model takes long to load, and a service to start again."""
+
 
 def free_port() -> int:
     with closing(socket.socket()) as probe:
@@ -45,9 +55,9 @@ class RunningPlatform:
             "MILLRACE_KAFKA_PORT": str(self.kafka_port),
             **environment,
         }
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
 
-    def cli(self, *arguments: str, check: bool = True, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, check: bool = True, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run ``millrace``; fails with what it said when its exit code is not 0."""
         done = subprocess.run(
             [sys.executable, "-m", "libs.cli", *arguments],
@@ -70,14 +80,14 @@ class RunningPlatform:
     def status(self) -> dict[str, Any]:
         return json.loads(self.cli("status", "--json", check=False).stdout)
 
-    def pid_of(self, part: str, timeout_s: float = 60) -> int:
-        """Process id of a part; one that is being restarted is waited for."""
-        end = time.monotonic() + timeout_s
+    def pid_of(self, part: str, timeout_s: float = 120) -> int:
+        """Process id of a part, at once, as the supervisor wrote it down; one that is being restarted is waited for."""
+        home, end = Home.at(self.home), time.monotonic() + timeout_s
         while time.monotonic() < end:
-            (pid,) = [row["pid"] for row in self.status()["parts"] if row["name"] == part]
-            if pid is not None:
-                return int(pid)
-            time.sleep(0.2)
+            for row in home.read_state().get("parts", ()):
+                if row["name"] == part and row["pid"] is not None:
+                    return int(row["pid"])
+            time.sleep(0.05)
         raise AssertionError(f"{part} has no process after {timeout_s} s")
 
     def processes(self) -> list[psutil.Process]:
@@ -95,7 +105,7 @@ class RunningPlatform:
     def version(self, model: str, version: int = 1) -> dict[str, Any]:
         return self.http.get(f"/api/v1/models/{model}/versions/{version}").json()
 
-    def version_when(self, model: str, *statuses: str, version: int = 1, timeout_s: float = 90) -> dict[str, Any]:
+    def version_when(self, model: str, *statuses: str, version: int = 1, timeout_s: float = 180) -> dict[str, Any]:
         """The version once it has one of these statuses."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -114,6 +124,16 @@ class RunningPlatform:
             version["spec"]["artifact"]["sha256"] for version in self.http.get(f"/api/v1/models/{model}/versions").json()["versions"]
         }
         return [process for process in self.processes() if any(digest in " ".join(process.cmdline()) for digest in digests)]
+
+    def artifact_of(self, model: str, version: int = 1) -> Path:
+        """The file that runners of a version load."""
+        digest: str = self.version(model, version)["spec"]["artifact"]["sha256"]
+        return self.home / "cache" / "artifacts" / digest
+
+    def replicas(self, endpoint: str) -> list[dict[str, Any]]:
+        """Where an endpoint's deployments are answered for now."""
+        deployments = self.http.get(f"/api/v1/endpoints/{endpoint}").json()["deployments"]
+        return [replica for deployment in deployments for replica in deployment["replicas"]]
 
     def close(self) -> None:
         self.http.close()

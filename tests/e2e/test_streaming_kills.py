@@ -6,8 +6,6 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import orjson
 import pytest
@@ -19,6 +17,12 @@ from tests.e2e.platforms import RunningPlatform, cancer_model, dumped, samples
 RECORDS = 100_000
 SLOWEST_S = 600
 """On a machine that does nothing else it takes less than a minute."""
+
+AHEAD = 20_000
+"""Records that are released beyond those whose answers are waited for: what a kill falls into."""
+
+QUIET_S = 25.0
+"""A transaction that nobody ends is aborted by the broker after 10 to 20 s, and hides from readers what came after it until then."""
 
 REQUESTS, RESULTS = inference_requests("cancer").name, inference_results("cancer").name
 
@@ -45,7 +49,7 @@ class Answers:
     def rest(self) -> None:
         """Read on until nothing has come for a while."""
         quiet_since = time.monotonic()
-        while time.monotonic() - quiet_since < 10:
+        while time.monotonic() - quiet_since < QUIET_S:
             if self.read():
                 quiet_since = time.monotonic()
         self._consumer.close()
@@ -61,33 +65,49 @@ class Answers:
         return len(messages)
 
 
-@contextmanager
-def load(servers: str, rows: list[list[float]]) -> Iterator[None]:
-    """Publish the requests, each once, beside what the block does."""
-    producer = Producer(
-        {
-            "bootstrap.servers": servers,
-            "enable.idempotence": True,
-            "delivery.timeout.ms": SLOWEST_S * 1_000,
-            "linger.ms": 20,
-            "queue.buffering.max.messages": RECORDS + 1,
-            "log_level": 0,
-        }
-    )
-    bodies = [orjson.dumps({"instances": [row]}) for row in rows]
+class Load:
+    """Publishes the requests, each once and in order, beside what the block does; as many of them as have been released."""
 
-    def work() -> None:
+    def __init__(self, servers: str, rows: list[list[float]]) -> None:
+        self.released = 0
+        self._bodies = [orjson.dumps({"instances": [row]}) for row in rows]
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._publish)
+        self._producer = Producer(
+            {
+                "bootstrap.servers": servers,
+                "enable.idempotence": True,
+                "delivery.timeout.ms": SLOWEST_S * 1_000,
+                "linger.ms": 20,
+                "queue.buffering.max.messages": RECORDS + 1,
+                "log_level": 0,
+            }
+        )
+
+    def release(self, count: int) -> None:
+        """Let the load go on until so many have been published."""
+        with self._changed:
+            self.released = count
+            self._changed.notify()
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release(RECORDS)
+        self._thread.join()
+
+    def _publish(self) -> None:
         for number in range(RECORDS):
+            if number >= self.released:
+                with self._changed:
+                    self._changed.wait_for(lambda: number < self.released)  # noqa: B023 (called before it returns)
             name = b"%d" % number
-            producer.produce(REQUESTS, bodies[number % len(bodies)], name, headers=[("ce_id", name), ("ce_source", b"/test")])
-        producer.flush(SLOWEST_S)
-
-    publishing = threading.Thread(target=work)
-    publishing.start()
-    try:
-        yield
-    finally:
-        publishing.join()
+            self._producer.produce(
+                REQUESTS, self._bodies[number % len(self._bodies)], name, headers=[("ce_id", name), ("ce_source", b"/test")]
+            )
+        self._producer.flush(SLOWEST_S)
 
 
 @pytest.mark.e2e
@@ -102,18 +122,27 @@ def test_each_of_100_000_records_is_answered_once_whatever_is_killed_in_the_midd
         platform.version_when("cancer", "validated")
         platform.serve("cancer")
         answers = Answers(servers, model.predict(samples()).tolist())
-        with load(servers, samples().tolist()):
-            answers.until(RECORDS // 20)
+        runners = platform.runners("cancer")
+        with Load(servers, samples().tolist()) as load:
+
+            def until_in_the_middle(count: int) -> None:
+                """Return once so many are answered; more than those are on their way, and they are not the last."""
+                load.release(count + AHEAD)
+                answers.until(count)
+                assert len(answers.counts) < load.released < RECORDS
+
+            until_in_the_middle(RECORDS // 20)
             os.kill(platform.pid_of("streaming"), signal.SIGKILL)
-            answers.until(RECORDS * 4 // 20)
-            for runner in platform.runners("cancer"):
+            until_in_the_middle(RECORDS * 4 // 20)
+            for runner in runners:
                 runner.kill()
-            answers.until(RECORDS * 7 // 20)
+            until_in_the_middle(RECORDS * 7 // 20)
             os.kill(platform.pid_of("serving"), signal.SIGKILL)
-            answers.until(RECORDS * 10 // 20)
+            until_in_the_middle(RECORDS * 10 // 20)
             os.kill(platform.pid_of("broker"), signal.SIGKILL)
-            answers.until(RECORDS * 14 // 20)
+            until_in_the_middle(RECORDS * 14 // 20)
             os.kill(platform.pid_of("streaming"), signal.SIGKILL)
+            load.release(RECORDS)
             answers.until(RECORDS)
         answers.rest()
         restarts = {part["name"]: part["restarts"] for part in platform.status()["parts"]}

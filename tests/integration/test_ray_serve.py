@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from libs.local import ray_head
 from schemas.registry import ArtifactFormat
 from services.serving.reconcile import ActualDeployment, AppStatus
 from services.serving.spec import Places, ReplicaSpec
+from tests.integration.artifact_gate import held_back
 
 pytestmark = [
     pytest.mark.integration,
@@ -186,20 +186,6 @@ async def predict(actual: ActualDeployment) -> list[int]:
 
 def runners(head: Head) -> list[psutil.Process]:
     return [process for process in head.processes() if not is_gone(process) and str(Path("libs", "runner")) in " ".join(process.cmdline())]
-
-
-@contextmanager
-def held_back(artifact: Path) -> Iterator[None]:
-    """Whoever reads the artifact waits until the end of the block; then it is empty once, and as it was the next time."""
-    aside = artifact.with_suffix(".aside")
-    artifact.rename(aside)
-    os.mkfifo(artifact)
-    both_ends = os.open(artifact, os.O_RDWR)
-    try:
-        yield
-    finally:
-        aside.replace(artifact)
-        os.close(both_ends)
 
 
 async def test_a_deployed_model_answers(serve: Any, spec: ReplicaSpec) -> None:
