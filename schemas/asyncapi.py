@@ -30,6 +30,7 @@ ENVELOPE: dict[str, dict[str, Any]] = {
     "ce_subject": {"type": "string", "description": "The entity it is about; also the record's key."},
     "ce_correlationid": {"type": "string", "description": "Id of the event that began the story; its own id for that one."},
     "ce_causationid": {"type": "string", "description": "Id of the event that led to this one; absent at the beginning of a story."},
+    "ce_causationsource": {"type": "string", "description": "Source of that event: an id is unique within its source only."},
     "traceparent": {"type": "string", "description": "W3C trace context."},
 }
 """Headers of a record in binary mode."""
@@ -142,7 +143,7 @@ def _inference_messages() -> dict[str, Any]:
 
 
 def _cloudevent() -> dict[str, Any]:
-    optional = {"ce_causationid", "traceparent"}
+    optional = {"ce_causationid", "ce_causationsource", "traceparent"}
     return {
         "contentType": "application/json",
         "headers": {"type": "object", "properties": ENVELOPE, "required": [name for name in ENVELOPE if name not in optional]},

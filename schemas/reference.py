@@ -50,6 +50,7 @@ headers  content-type: application/json
          ce_subject: churn
          ce_correlationid: 3f1c1a52-0d0e-4c5b-8a54-0d1f3f0b7c11
          ce_causationid: 3f1c1a52-0d0e-4c5b-8a54-0d1f3f0b7c11
+         ce_causationsource: /my/laptop
          traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01
 value    {"endpoint_name": "churn", "labels": {"team": "growth"}, "description": "Will the customer leave?"}
 ```

@@ -43,7 +43,8 @@ def utc_now() -> datetime:
 class Event(Generic[P_co]):
     """A CloudEvent with its payload, already checked against its contract.
 
-    ``correlation_id`` is the id of the event that began the story, ``causation_id`` that of the one just before.
+    ``correlation_id`` is the id of the event that began the story, ``causation_id`` that of the one just before, whose source is
+    ``causation_source``: an id is unique within its source only.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Event(Generic[P_co]):
     correlation_id: str
     causation_id: str | None = None
     traceparent: str | None = None
+    causation_source: str | None = None
 
 
 def derived_id(cause_id: str, event_type: str, discriminator: str = "") -> str:
@@ -70,7 +72,7 @@ def new_event(data: P, source: str, *, now: datetime, event_id: str | None = Non
 def caused_event(data: P, cause: Event[Any], source: str, *, now: datetime, ordinal: int = 0) -> Event[P]:
     """An event that another one led to; ``ordinal`` tells apart several of one type and entity."""
     return Event(
-        derived_id(cause.id, data.event_type, f"{data.entity}#{ordinal}" if ordinal else data.entity),
+        derived_id(f"{cause.source}\n{cause.id}", data.event_type, f"{data.entity}#{ordinal}" if ordinal else data.entity),
         data.event_type,
         source,
         now,
@@ -78,6 +80,7 @@ def caused_event(data: P, cause: Event[Any], source: str, *, now: datetime, ordi
         cause.correlation_id,
         cause.id,
         telemetry.current_traceparent() or cause.traceparent,
+        cause.source,
     )
 
 
@@ -92,6 +95,7 @@ def write(event: Event[Any], topic: str | None = None) -> Record:
         "ce_subject": event.data.entity,
         "ce_correlationid": event.correlation_id,
         "ce_causationid": event.causation_id,
+        "ce_causationsource": event.causation_source,
         "traceparent": event.traceparent,
     }
     headers: Headers = (
@@ -119,6 +123,7 @@ class Envelope:
     correlation_id: str
     causation_id: str | None
     traceparent: str | None
+    causation_source: str | None = None
 
 
 def read_envelope(record: Record) -> Envelope:
@@ -179,6 +184,7 @@ def _envelope(attributes: dict[str, str | None], data: bytes, record: Record) ->
         correlation_id=attributes.get("correlationid") or identity,
         causation_id=attributes.get("causationid"),
         traceparent=telemetry.checked_traceparent(record.header("traceparent") or attributes.get("traceparent")),
+        causation_source=attributes.get("causationsource"),
     )
 
 
@@ -213,6 +219,7 @@ def open_envelope(envelope: Envelope) -> Event[Payload]:
         envelope.correlation_id,
         envelope.causation_id,
         envelope.traceparent,
+        envelope.causation_source,
     )
 
 

@@ -53,6 +53,7 @@ def _written(record: Record, error: Exception, consumer: str, now: datetime, *, 
         correlation_id=_short(record.header("ce_correlationid")) or event_id or place,
         causation_id=event_id,
         traceparent=telemetry.current_traceparent() or telemetry.checked_traceparent(record.header("traceparent")),
+        causation_source=_short(record.header("ce_source")) if event_id else None,
     )
     key = record.key if record.key is not None and len(record.key) <= _MAX_KEY_BYTES else None
     return replace(cloudevents.write(event), key=key)

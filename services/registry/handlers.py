@@ -52,22 +52,24 @@ OUTCOME_RULES: Mapping[type[Payload], Rule] = {
 
 
 class HandledCommands:
-    """Ids of the last ``capacity`` commands that were answered, so that the same command sent twice acts once.
+    """The last ``capacity`` commands that were answered, by source and id, so that the same command sent twice acts once.
+
+    Facts of older registries do not tell the source of their command: it is taken to be any.
 
     The capacity is bounded because commands are: the topic keeps them for seven days, and a control plane sees thousands, not millions.
     """
 
     def __init__(self, capacity: int = 100_000) -> None:
         self.capacity = capacity
-        self._ids: OrderedDict[str, None] = OrderedDict()
+        self._commands: OrderedDict[tuple[str | None, str], None] = OrderedDict()
 
-    def __contains__(self, command_id: str) -> bool:
-        return command_id in self._ids
+    def __contains__(self, command: Event[Any]) -> bool:
+        return (command.source, command.id) in self._commands or (None, command.id) in self._commands
 
-    def add(self, command_id: str) -> None:
-        self._ids[command_id] = None
-        if len(self._ids) > self.capacity:
-            self._ids.popitem(last=False)
+    def add(self, source: str | None, command_id: str) -> None:
+        self._commands[source, command_id] = None
+        if len(self._commands) > self.capacity:
+            self._commands.popitem(last=False)
 
 
 class Handlers:
@@ -87,10 +89,10 @@ class Handlers:
         context = Context(self._clock(), event.correlation_id, event.traceparent)
         if not isinstance(data, Command):
             return self._folded(self._bounded(OUTCOME_RULES[type(data)](self._state, data, context)))
-        if event.id in self._handled:
-            log.info("command %s was answered before; not repeated", event.id)
+        if event in self._handled:
+            log.info("command %s of %s was answered before; not repeated", event.id, event.source)
             return ()
-        self._handled.add(event.id)
+        self._handled.add(event.source, event.id)
         try:
             decision = self._commanded(data, context)
         except RefusedError as error:

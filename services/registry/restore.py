@@ -21,7 +21,7 @@ _SNAPSHOT_TYPES: dict[str, type[Snapshot]] = {
 
 
 async def restore(broker: Broker, state: State, handled: HandledCommands) -> None:
-    """Fold the state topics into ``state`` and the ids of answered commands into ``handled``."""
+    """Fold the state topics into ``state`` and what commands were answered into ``handled``."""
     started = time.perf_counter()
     counted = {"records": 0}
 
@@ -30,7 +30,7 @@ async def restore(broker: Broker, state: State, handled: HandledCommands) -> Non
         if record.topic == EVENTS.name:
             cause = record.header("ce_causationid")
             if cause is not None:
-                handled.add(cause)
+                handled.add(record.header("ce_causationsource"), cause)
         else:
             fold(state, record)
 

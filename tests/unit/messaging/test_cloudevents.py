@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -18,7 +19,7 @@ def structured(**changes) -> Record:
 
 
 def test_what_was_written_reads_as_the_same_event():
-    event = create_endpoint(correlation_id="story", causation_id="before", traceparent=TRACEPARENT)
+    event = create_endpoint(correlation_id="story", causation_id="before", causation_source="/cause", traceparent=TRACEPARENT)
     assert cloudevents.read(cloudevents.write(event)) == event
 
 
@@ -59,6 +60,13 @@ def test_what_an_event_leads_to_has_the_same_id_every_time_and_its_own_per_type_
         follow(CreateEndpoint(endpoint_name="churn")),
     ]
     assert len(set(others)) == len(others)
+
+
+def test_causes_of_two_sources_with_one_id_lead_to_two_events():
+    causes = [replace(create_endpoint(), source=source) for source in ("/one", "/other")]
+    one, other = (cloudevents.caused_event(EndpointCreated(endpoint_name="churn"), cause, "/registry", now=NOW) for cause in causes)
+    assert one.id != other.id
+    assert (one.causation_id, one.causation_source, other.causation_source) == ("cause-1", "/one", "/other")
 
 
 def test_a_caused_event_continues_the_story_and_the_trace_of_its_cause():

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from libs.messaging import cloudevents
@@ -47,8 +48,8 @@ async def registry(broker: MemoryBroker):
         await asyncio.gather(running, return_exceptions=True)
 
 
-def command(data, command_id: str) -> Record:
-    return cloudevents.write(cloudevents.new_event(data, "/test", now=NOW, event_id=command_id))
+def command(data, command_id: str, source: str = "/test") -> Record:
+    return cloudevents.write(cloudevents.new_event(data, source, now=NOW, event_id=command_id))
 
 
 async def said(broker: MemoryBroker) -> list:
@@ -73,6 +74,35 @@ async def test_the_same_command_twice_acts_once_even_across_a_restart():
     async with registry(broker):
         await broker.append([command(REGISTER, "c1")])
     assert len(await said(broker)) == 1
+
+
+async def test_two_sources_may_use_the_same_id_and_both_are_answered_once():
+    broker = MemoryBroker()
+    one, other = (CreateEndpoint(endpoint_name="shop"), REGISTER)
+    async with registry(broker):
+        await broker.append([command(one, "1", "/one"), command(other, "1", "/other")])
+    async with registry(broker):
+        await broker.append([command(one, "1", "/one"), command(other, "1", "/other"), command(REGISTER, "1", "/third")])
+    facts = await said(broker)
+    assert [(type(fact.data).__name__, fact.causation_source) for fact in facts] == [
+        ("EndpointCreated", "/one"),
+        ("VersionRegistered", "/other"),
+        ("VersionAlreadyRegistered", "/third"),
+    ]
+
+
+async def test_a_command_answered_by_an_older_registry_is_not_repeated():
+    broker = MemoryBroker()
+    async with registry(broker):
+        await broker.append([command(REGISTER, "c1")])
+    older = MemoryBroker()
+    for topic in (*STATE, EVENTS):
+        for record in broker.records(topic.name):
+            headers = tuple(header for header in record.headers if header[0] != "ce_causationsource")
+            await older.append([replace(record, headers=headers)])
+    async with registry(older):
+        await older.append([command(REGISTER, "c1")])
+    assert len(await said(older)) == 1
 
 
 async def test_a_refusal_is_a_fact_with_its_reason():
