@@ -1,9 +1,8 @@
 """Asynchronous predictions: what was asked, and how it ended. The operation is the entity; its first end is the one that counts."""
 
-from datetime import datetime
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from schemas.base import Contract, Name, Payload, Sha256
 
@@ -43,8 +42,9 @@ class PredictionAccepted(OperationPayload):
     query: str = ""
     headers: dict[str, str] = Field(default_factory=dict, description="Those that say how to read the body and what answer is wanted.")
     body: Content
-    accepted_at: datetime
-    expires_at: datetime = Field(description="When nobody wants the answer any more: the operation ends as `expired`.")
+    request_id: str = Field(default="", description="What the caller was told as `x-request-id`; an answer may need an id.")
+    accepted_at: AwareDatetime
+    expires_at: AwareDatetime = Field(description="When nobody wants the answer any more: the operation ends as `expired`.")
     webhook_url: str | None = None
 
 
@@ -61,6 +61,7 @@ class PredictionEnded(OperationPayload):
     media_type: str
     headers: dict[str, str] = Field(default_factory=dict)
     body: Content
+    expires_at: AwareDatetime | None = Field(default=None, description="Until when the operation can be asked for.")
     webhook_url: str | None = None
 
 

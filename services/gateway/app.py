@@ -11,10 +11,10 @@ from libs.lifecycle import Component
 from libs.messaging import cloudevents
 from libs.messaging.broker import Broker
 from libs.messaging.cloudevents import Clock
-from libs.messaging.consumer import ConsumerRunner
 from libs.messaging.follower import Follower
 from libs.messaging.kafka import KafkaBroker
 from libs.messaging.processing import Processor
+from libs.messaging.retry import Retry
 from libs.metrics import PROCESS, Metrics
 from libs.metrics.definitions import CONNECTIONS
 from libs.metrics.exposition import Exposition
@@ -22,7 +22,7 @@ from schemas.operations import PredictionAccepted, PredictionEnded
 from schemas.topics import COMMANDS, DLQ, EVENTS, OPERATIONS, STATE
 from services.gateway.access import access_control
 from services.gateway.api import create_api
-from services.gateway.asynchronous import AsyncLimits, AsyncPredictions, Operations
+from services.gateway.asynchronous import PAUSES, AsyncLimits, AsyncPredictions
 from services.gateway.batching import BatchLimits
 from services.gateway.catalog import Catalog
 from services.gateway.commands import Commander
@@ -33,6 +33,8 @@ from services.gateway.handlers import Management
 from services.gateway.health import Health
 from services.gateway.journal import MAX_DEAD_LETTERS, MAX_EVENTS, Journal
 from services.gateway.metrics import MetricsDoor, SharedMetrics
+from services.gateway.operations import Operations
+from services.gateway.patience import PatientRunner
 from services.gateway.predictions import Handler, Read
 from services.gateway.recorder import ledger_directory, recorder_from_settings
 from services.gateway.rpc.server import GrpcServer, methods
@@ -40,6 +42,11 @@ from services.gateway.server import HttpServer
 from services.gateway.settings import Settings
 from services.gateway.tracing import tracing
 from services.gateway.webhooks import WebhookLimits, Webhooks
+
+_WEBHOOKS_AT_ONCE = 64
+_LONGEST_WEBHOOK_PAUSE_S = 3_600.0
+_WEBHOOK_GRACE_S = 1.0
+"""Time that hosts get to take the news when the process stops; else they are told again after it."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,13 @@ def build(
     management = Management(catalog, journal, commander, store, health, settings.command_wait_s, settings.artifacts.max_bytes)
     handlers = _handlers(catalog, health)
     reads = _reads(settings, catalog)
-    operations = Operations(clock)
+    operations = Operations(clock, settings.async_operations, settings.async_kept_bytes)
     hosts = [host.strip() for host in settings.webhook_hosts.split(",") if host.strip()]
-    webhook_limits = WebhookLimits(settings.webhook_attempts, settings.webhook_first_pause_s)
-    webhooks = Webhooks(hosts, settings.webhook_secret.get_secret_value().encode(), webhook_limits)
+    webhooks = Webhooks(hosts, settings.webhook_secret.get_secret_value().encode(), WebhookLimits(settings.webhook_attempts))
     limits = AsyncLimits(default_expiry_s=settings.async_expiry_s, max_bytes=settings.predict_max_bytes)
-    asynchronous = AsyncPredictions(operations, commander, store, dataplane, reads, webhooks, clock, limits)
+    asynchronous = AsyncPredictions(
+        operations, commander, store, dataplane, catalog.routing, reads, webhooks, clock, limits, recorder.refused
+    )
     front = Front(
         access,
         reads,
@@ -125,12 +133,24 @@ def build(
         Follower(broker, [DLQ.name], journal.apply_dead_letter, MAX_DEAD_LETTERS),
         Follower(broker, [OPERATIONS.name], operations.apply),
         webhooks,
-        ConsumerRunner(
+        PatientRunner(
             broker,
-            [OPERATIONS.name],
+            OPERATIONS.name,
             "millrace-gateway-operations",
-            Processor("gateway", {PredictionAccepted: asynchronous.carry_out, PredictionEnded: asynchronous.notify}, clock=clock),
-            concurrency=settings.async_concurrency,
+            Processor("gateway", {PredictionAccepted: asynchronous.carry_out}, clock=clock),
+            asynchronous.endpoint_of,
+            places=settings.async_concurrency,
+            pauses=PAUSES,
+        ),
+        PatientRunner(
+            broker,
+            OPERATIONS.name,
+            "millrace-gateway-webhooks",
+            Processor("gateway", {PredictionEnded: asynchronous.notify}, clock=clock),
+            asynchronous.host_to_tell,
+            places=_WEBHOOKS_AT_ONCE,
+            pauses=Retry(settings.webhook_first_pause_s, longest_s=_LONGEST_WEBHOOK_PAUSE_S),
+            grace_s=_WEBHOOK_GRACE_S,
         ),
         *([grpc] if grpc is not None else []),
         server,

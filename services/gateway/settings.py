@@ -136,9 +136,24 @@ class Settings(BaseSettings):
     held_bytes: int = Field(
         2**30, ge=2**20, description="Memory for the tensors of all predict requests that are being answered, in bytes; beyond it: 429."
     )
-    async_concurrency: int = Field(16, ge=1, le=1_000, description="Asynchronous predictions that one process carries out at once.")
+    async_concurrency: int = Field(
+        32,
+        ge=1,
+        le=1_000,
+        description="Asynchronous predictions that one process carries out at once; of one endpoint at most half of them.",
+    )
     async_expiry_s: int = Field(
         86_400, ge=1, le=604_800, description="Time an asynchronous prediction is kept when the caller does not say, in seconds."
+    )
+    async_operations: int = Field(
+        100_000,
+        ge=1,
+        description="Asynchronous predictions that are kept until they expire, of one caller at most half of them; further ones: 429.",
+    )
+    async_kept_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="Memory for asynchronous requests and their answers, in bytes, of one caller at most half of it; beyond it: 429.",
     )
     webhook_hosts: str = Field(
         "", description="Comma-separated hosts, or host:port, that webhooks may go to; * stands for any part. Empty: none may."

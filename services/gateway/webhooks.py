@@ -1,4 +1,4 @@
-"""Telling a client's server that an operation ended: signed, retried, and only where the operator allows it.
+"""Telling a client's server that an operation ended: signed, and only where the operator allows it.
 
 References
 ----------
@@ -28,10 +28,9 @@ MOST_BODY_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class WebhookLimits:
-    """How often and how long a webhook is tried; pauses double."""
+    """How often a webhook is tried, and how long each time."""
 
     attempts: int = 6
-    first_pause_s: float = 1.0
     timeout_s: float = 10.0
 
 
@@ -86,22 +85,37 @@ class Webhooks:
             raise InvalidArgumentError(f"the webhook's host {host!r} is not one of those in GATEWAY_WEBHOOK_HOSTS")
         return url
 
-    async def deliver(self, ended: PredictionEnded, body: bytes) -> tuple[int, str | None]:
-        """Post the news until it is taken (2xx); the value is how many attempts it took, and why it was given up, if it was."""
+    @property
+    def attempts(self) -> int:
+        """How often a webhook is tried."""
+        return self._limits.attempts
+
+    async def post(self, ended: PredictionEnded, body: bytes) -> str | None:
+        """Post the news once; of what the host answers only the head is read.
+
+        Parameters
+        ----------
+        body
+            Of the answer, if it is to be part of the news.
+
+        Returns
+        -------
+        str or None
+            Why they were not taken (a 2xx); None when they were.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The operator does not allow the host any more.
+        """
+        url = self.checked(ended.webhook_url) or ""
         content = json.dumps(_news(ended, body)).encode()
-        reason = ""
-        for attempt in range(1, self._limits.attempts + 1):
-            try:
-                answer = await self._http.post(ended.webhook_url or "", content=content, headers=self._headers(ended.operation_id, content))
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                reason = f"the last attempt failed: {type(error).__name__}"
-            else:
-                if answer.is_success:
-                    return attempt, None
-                reason = f"the last attempt was answered {answer.status_code}"
-            if attempt < self._limits.attempts:
-                await asyncio.sleep(self._limits.first_pause_s * 2 ** (attempt - 1))
-        return self._limits.attempts, reason
+        headers = self._headers(ended.operation_id, content)
+        try:
+            async with asyncio.timeout(self._limits.timeout_s), self._http.stream("POST", url, content=content, headers=headers) as answer:
+                return None if answer.is_success else f"the last attempt was answered {answer.status_code}"
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            return f"the last attempt failed: {type(error).__name__}"
 
     def _headers(self, operation_id: str, content: bytes) -> dict[str, str]:
         timestamp = str(int(time.time()))
@@ -127,6 +141,19 @@ def _news(ended: PredictionEnded, body: bytes) -> dict[str, Any]:
         "http_status": ended.status,
         "result_url": f"/api/v1/predictions/{ended.operation_id}/result",
     }
-    if ended.media_type == "application/json" and len(body) <= MOST_BODY_BYTES and "content-encoding" not in ended.headers:
+    if has_result(ended):
         news["result"] = json.loads(body)
     return news
+
+
+def has_result(ended: PredictionEnded) -> bool:
+    """Whether the answer is part of the news of an end."""
+    return ended.media_type == "application/json" and ended.body.size_bytes <= MOST_BODY_BYTES and "content-encoding" not in ended.headers
+
+
+def host_of(url: str) -> str:
+    """Host and port of a URL; empty when it is none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
