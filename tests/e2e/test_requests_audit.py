@@ -12,16 +12,17 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from tests.e2e.platforms import RunningPlatform, cancer_model, dumped, samples
+from tests.e2e.platforms import PATIENT_GATEWAY, RunningPlatform, cancer_model, dumped, samples
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROW = samples()[0].tolist()
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory):
-    running = RunningPlatform(tmp_path_factory.mktemp("mr") / "home", "kafka", GATEWAY_LOG_QUEUE_BYTES=str(2**20))
+    home = tmp_path_factory.mktemp("mr") / "home"
+    running = RunningPlatform(home, "kafka", GATEWAY_LOG_QUEUE_BYTES=str(2**20), **PATIENT_GATEWAY)
     running.up()
     try:
         assert running.upload(dumped(cancer_model(), tmp_path_factory.mktemp("model") / "cancer.joblib"), "cancer").status_code == 201
@@ -40,7 +41,7 @@ def load(platform: RunningPlatform, clients: int = 3):
     stopping = threading.Event()
 
     def ask() -> None:
-        with httpx.Client(base_url=platform.url, timeout=30) as http:
+        with httpx.Client(base_url=platform.url, timeout=120) as http:
             while not stopping.is_set():
                 request_id = uuid.uuid4().hex
                 try:
@@ -61,7 +62,7 @@ def load(platform: RunningPlatform, clients: int = 3):
             thread.join()
 
 
-def until_answered(answered: dict[str, int], more: int, timeout_s: float = 90) -> None:
+def until_answered(answered: dict[str, int], more: int, timeout_s: float = 180) -> None:
     """Wait until so many more requests have been answered with success."""
     enough = Counter(list(answered.values()))[200] + more
     end = time.monotonic() + timeout_s
@@ -70,16 +71,33 @@ def until_answered(answered: dict[str, int], more: int, timeout_s: float = 90) -
         time.sleep(0.1)
 
 
-def audit(platform: RunningPlatform) -> dict[str, object]:
-    done = platform.cli("requests", "audit", "--json", check=False)
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["is_sound"]) == (0, True), found
-    return found
+def audit(platform: RunningPlatform, timeout_s: float = 60) -> dict[str, str]:
+    """The state of each instance once the account adds up; a broker that was just killed may not let it be read at first."""
+    end = time.monotonic() + timeout_s
+    while True:
+        done = platform.cli("requests", "audit", "--json", check=False)
+        if done.returncode == 0:
+            found = json.loads(done.stdout)
+            assert found["is_sound"]
+            return {instance["instance"]: instance["state"] for instance in found["instances"]}
+        assert time.monotonic() < end, done.stdout + done.stderr
+        time.sleep(1)
 
 
 def logged(platform: RunningPlatform) -> Counter[tuple[str, str]]:
     lines = platform.cli("predictions", "tail", "cancer", "--no-follow", "--json").stdout.splitlines()
     return Counter((row["request_id"], row["outcome"]) for row in map(json.loads, lines))
+
+
+def logged_when_complete(platform: RunningPlatform, completed: set[str], timeout_s: float = 60) -> Counter[tuple[str, str]]:
+    """The rows of the log, once these requests are among those that were completed; a gateway writes a moment after it answers."""
+    end = time.monotonic() + timeout_s
+    while True:
+        rows = logged(platform)
+        missing = completed - {request_id for request_id, outcome in rows if outcome == "completed"}
+        if not missing:
+            return rows
+        assert time.monotonic() < end, f"{len(missing)} requests that were answered are not in the log"
 
 
 def test_gateways_that_are_killed_lose_no_request(platform):
@@ -89,11 +107,8 @@ def test_gateways_that_are_killed_lose_no_request(platform):
             os.kill(platform.pid_of("gateway"), signal.SIGKILL)
         until_answered(answered, 200)
         audit(platform)
-    found = audit(platform)
-    assert [instance["state"] for instance in found["instances"]].count("lost") == 2
-    rows = logged(platform)
-    completed = {request_id for (request_id, outcome) in rows if outcome == "completed"}
-    assert {request_id for request_id, status in answered.items() if status == 200} <= completed
+    assert Counter(audit(platform).values()) == {"lost": 2, "live": 1}
+    rows = logged_when_complete(platform, {request_id for request_id, status in answered.items() if status == 200})
     assert set(rows.values()) == {1}
 
 
@@ -123,7 +138,10 @@ def test_a_broker_that_is_killed_costs_no_account(platform):
 
 
 def test_a_restart_in_good_order_leaves_nothing_to_settle(platform):
+    before = audit(platform)
     platform.cli("down")
     platform.up()
-    found = audit(platform)
-    assert {instance["state"] for instance in found["instances"]} == {"lost", "stopped", "live"}
+    after = audit(platform)
+    (stopped,) = [instance for instance, state in before.items() if state == "live"]
+    (begun,) = after.keys() - before.keys()
+    assert after == {**before, stopped: "stopped", begun: "live"}
