@@ -21,7 +21,7 @@ from libs.inference.routing import NoReplicaError, Route
 from schemas.registry import Replica
 from services.gateway.batching import Batch, BatchLimits, Lane, Pending, size_of
 from services.gateway.catalog import Catalog
-from services.gateway.errors import ClientGoneError, InternalError
+from services.gateway.errors import ClientGoneError, InternalError, RunnersLostError
 from services.gateway.exchange import Outgoing
 from services.gateway.predictions import Ask, Caller, Done, Outcome, Prediction, Protocol
 
@@ -404,7 +404,7 @@ class DataPlane:
                 continue
             endpoint_name = batch.route.endpoint_name
             if pending.attempts >= _MOST_ATTEMPTS:
-                self._end(pending, Outcome.FAILED, NotReadyError(f"endpoint {endpoint_name!r} lost two runners over this request: {error}"))
+                self._end(pending, Outcome.FAILED, RunnersLostError(f"endpoint {endpoint_name!r} lost two runners over this request: {error}"))
             elif not self._retries.take(monotonic()):
                 self._end(pending, Outcome.FAILED, NotReadyError(f"endpoint {endpoint_name!r} lost the runner: {error}"))
             else:

@@ -6,6 +6,7 @@ MillraceError
 ├── NotAcceptableError      none of the forms that the caller accepts is known · 406
 ├── UnsupportedMediaTypeError a body of a type that is not taken here · 415
 ├── ClientGoneError         nobody is left to be told
+├── RunnersLostError        a request has cost two runners; it is not tried again · 503
 ├── LogUnavailableError     an endpoint's log must be complete and cannot be written · 503
 └── InternalError           a bug; what happened is in the log · 500
 """
@@ -50,6 +51,12 @@ class InternalError(MillraceError):
 
 class ClientGoneError(MillraceError):
     """The client went away before it was answered; nobody is told."""
+
+
+class RunnersLostError(MillraceError):
+    """A request has cost two runners; it may well cost the next one, so nobody shall send it again."""
+
+    http_status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class LogUnavailableError(NotReadyError):

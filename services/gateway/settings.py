@@ -28,7 +28,10 @@ class HttpSettings(BaseSettings):
         65_536, ge=1_024, description="Bytes of pipelined requests that are read while one is being answered; then reading pauses."
     )
     max_buffered_bytes: int = Field(
-        2**30, ge=2**20, description="Memory for bodies that are being received, all connections together, in bytes; else 503."
+        2**30,
+        ge=2**20,
+        description="Memory for bodies that are being received, all connections together, in bytes; else 503. As much again for answers that "
+        "clients do not take at once; beyond it one is cut.",
     )
     first_byte_timeout_s: float = Field(10.0, gt=0, description="Time a new connection may be silent, in seconds.")
     idle_timeout_s: float = Field(75.0, gt=0, description="Time a connection may be silent between two requests, in seconds.")
@@ -122,7 +125,12 @@ class Settings(BaseSettings):
     )
     batch_rows: int = Field(16_384, ge=1, le=1_000_000, description="Most rows of one batch.")
     batch_bytes: int = Field(8 * 2**20, ge=1_024, description="Largest inputs of one batch, in bytes; a larger request goes alone.")
-    batches_in_flight: int = Field(1, ge=1, le=64, description="Batches that one replica is given at once.")
+    batches_in_flight: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Batches that one replica is given at once while its model is quicker than the way to it and back; else one.",
+    )
     batch_ms: int = Field(
         100, ge=1, description="Time that a batch may be expected to take, in milliseconds: a slow model gets smaller batches."
     )

@@ -20,7 +20,7 @@ from schemas.registry import Replica
 from services.gateway.batching import Batch, BatchLimits, Pace, Pending
 from services.gateway.changes import Changes
 from services.gateway.dataplane import DataPlane, DataPlaneLimits
-from services.gateway.errors import InternalError
+from services.gateway.errors import InternalError, RunnersLostError
 from services.gateway.exchange import Outgoing
 from services.gateway.predictions import Ask, Caller, Outcome, Protocol, Target
 
@@ -465,7 +465,7 @@ async def test_a_request_that_kills_its_runner_kills_the_next_one_alone(bench):
         bench.pool.pinged.set()
         await turn()
     assert bench.answers() == {"1": "[1.0]", "3": "[3.0]"}
-    assert bench.errors() == {"2": NotReadyError}
+    assert bench.errors() == {"2": RunnersLostError}
 
 
 async def test_what_was_with_a_runner_that_died_is_asked_alone_and_in_order_also_when_the_replica_was_away(bench):
