@@ -4,6 +4,7 @@ Read ``tell`` first: it is the story. Each step below it does one thing with a c
 """
 
 import json
+import shutil
 import signal
 import tempfile
 import time
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import joblib
 import numpy as np
@@ -35,7 +36,8 @@ from libs.cli.plain_kafka import Listener, Message, PlainKafka, cloudevent_heade
 from libs.cli.progress import Progress, banner
 from libs.cli.session import Session, connect, send_spans, trace_provider
 from libs.cli.settings import CliSettings
-from libs.cli.traces import Jaeger, tree
+from libs.cli.trace_sink import TraceSink
+from libs.cli.traces import Jaeger, Span, tree
 from libs.local import platform
 from libs.local.settings import LocalSettings
 from schemas.inference import InferenceResult
@@ -59,9 +61,20 @@ SURPLUS_S = 1.0
 TRACE_TIMEOUT_S = 15.0
 """Services send their spans every five seconds; three times that is plenty."""
 
+TRACED = ("millrace-cli", "millrace-gateway", "millrace-runner")
+"""Services that have a span in the trace of every prediction of ours."""
+
 
 class StepFailedError(CommandError):
     """Something that the demo promises did not hold."""
+
+
+class Traces(Protocol):
+    """Where spans can be looked up: Jaeger, or this process."""
+
+    def spans_so_far(self, trace_id: str) -> list[Span]:
+        """The spans of a trace that have arrived."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,19 +99,19 @@ def run(settings: LocalSettings, *, keep: bool) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
-    with running_platform(settings, keep=keep) as status:
+    with TraceSink() as sink, running_platform(sending_to(sink.url, settings, keep=keep), keep=keep) as status:
         cli = CliSettings(home=settings.home).model_copy(update={"url": status.gateway})
         provider = trace_provider(cli)
         try:
             with connect(cli) as client:
-                tell(client, cli, status)
+                tell(client, cli, status, sink if status.jaeger == sink.url else Jaeger(cli.jaeger_url) if status.jaeger else None)
         finally:
             send_spans(provider)
         output.say(f"\nEvery step held, in {output.duration(time.monotonic() - began)}.")
         say_what_next(settings, status, keep=keep)
 
 
-def tell(client: Client, settings: CliSettings, status: platform.PlatformStatus) -> None:
+def tell(client: Client, settings: CliSettings, status: platform.PlatformStatus, traces: Traces | None) -> None:
     """The story."""
     kafka = PlainKafka(status.bootstrap_servers)
 
@@ -125,7 +138,7 @@ def tell(client: Client, settings: CliSettings, status: platform.PlatformStatus)
     check_stream(kafka, trained)
 
     title("Follow one prediction through the platform")
-    show_trace(client, settings, status, trained)
+    show_trace(client, traces, trained)
 
 
 def train() -> Trained:
@@ -261,22 +274,23 @@ def collect(answers: Listener, wanted: set[str]) -> dict[str, Message]:
     raise StepFailedError(f"{len(wanted) - len(answered)} of {len(wanted)} records were not answered within {RESULT_TIMEOUT_S:.0f} s")
 
 
-def show_trace(client: Client, settings: CliSettings, status: platform.PlatformStatus, trained: Trained) -> None:
-    """One more prediction, and its trace as a tree."""
+def show_trace(client: Client, traces: Traces | None, trained: Trained) -> None:
+    """One more prediction, and its trace as a tree; a platform that was running before us, or stays after us, may not keep any."""
     with traced("predict") as trace_id:
         client.predict(ENDPOINT, to_json({"instances": trained.samples[:1].tolist()}))
-    if not status.jaeger:
+    if traces is None:
         say(f"trace {trace_id}: nobody keeps traces here, because there was no `jaeger` on PATH when the platform started")
         say(f"with one, this shows it: millrace trace {trace_id}")
         return
     deadline = time.monotonic() + TRACE_TIMEOUT_S
-    while True:
-        lines = list(tree(Jaeger(settings.jaeger_url).spans_so_far(trace_id)))
-        if len(lines) >= 3 or time.monotonic() > deadline:
-            break
+    spans = traces.spans_so_far(trace_id)
+    while missing := set(TRACED) - {span.service for span in spans}:
+        if time.monotonic() > deadline:
+            raise StepFailedError(f"trace {trace_id} has no span of {', '.join(sorted(missing))}, {TRACE_TIMEOUT_S:.0f} s later")
         time.sleep(0.5)
-    say(f"trace {trace_id}, from {settings.jaeger_url}")
-    for line in lines:
+        spans = traces.spans_so_far(trace_id)
+    say(f"trace {trace_id}")
+    for line in tree(spans):
         say(line)
 
 
@@ -322,6 +336,12 @@ def running_platform(settings: LocalSettings, *, keep: bool) -> Iterator[platfor
         else:
             output.say("\nStopping the platform (--keep leaves it running) …")
             platform.down(settings)
+
+
+def sending_to(collector: str, settings: LocalSettings, *, keep: bool) -> LocalSettings:
+    """Settings of a platform that sends its spans to our collector, unless another takes them or the platform outlives us."""
+    is_taken = settings.otlp_endpoint or shutil.which("jaeger") or shutil.which("jaeger-all-in-one")
+    return settings if keep or is_taken else settings.model_copy(update={"otlp_endpoint": collector})
 
 
 def say_if_embedded(status: platform.PlatformStatus) -> None:

@@ -389,8 +389,8 @@ def _environment(settings: LocalSettings, home: Home, broker: Broker, tracing: j
         "GATEWAY_HTTP_PORT": str(settings.http_port),
         "GATEWAY_GRPC_PORT": str(settings.grpc_port),
     }
-    if tracing is not None:
-        ours["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{processes.LOOPBACK}:{jaeger.OTLP_PORT}"
+    if collector := settings.otlp_endpoint if tracing is None else f"http://{processes.LOOPBACK}:{jaeger.OTLP_PORT}":
+        ours["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector
     users = inherited_environment()
     return {**{name: users.get(name) or value for name, value in ours.items()}, "MILLRACE_HOME": str(home.root)}
 

@@ -17,7 +17,9 @@ from libs.cli import demo
 from libs.cli.client import Client
 from libs.cli.demo import StepFailedError, Trained
 from libs.cli.plain_kafka import PlainKafka
+from libs.cli.traces import Span
 from libs.local.embedded import MockCluster
+from libs.local.settings import LocalSettings
 from schemas.topics import inference_requests, inference_results
 from tests.unit.cli.gateway import FakeGateway
 
@@ -119,6 +121,45 @@ def test_equal_answers_hold(gateway: FakeGateway, trained: Trained) -> None:
     with answers(gateway, trained, nudge=0.0) as client:
         demo.check_v1(client, trained)
         demo.check_v2(client, trained, version())
+
+
+class Traces:
+    """Knows of every trace the same: one span of each of these services."""
+
+    def __init__(self, *services: str) -> None:
+        self._services = services
+
+    def spans_so_far(self, trace_id: str) -> list[Span]:
+        return [Span(name, None, f"millrace-{name}", "predict", 0.0, 1.0, None) for name in self._services]
+
+
+def test_a_trace_is_printed_span_by_span(gateway: FakeGateway, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    with answers(gateway, trained, nudge=0.0) as client:
+        demo.show_trace(client, Traces("cli", "gateway", "runner"), trained)
+    assert "millrace-runner: predict" in capsys.readouterr().out
+
+
+def test_a_trace_without_a_span_of_the_runner_fails_the_step(
+    gateway: FakeGateway, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "TRACE_TIMEOUT_S", 0.0)
+    with (
+        answers(gateway, trained, nudge=0.0) as client,
+        pytest.raises(StepFailedError, match="has no span of millrace-runner, "),
+    ):
+        demo.show_trace(client, Traces("cli", "gateway"), trained)
+
+
+@pytest.mark.parametrize(
+    ("on_path", "given", "keep", "used"),
+    [("", "", False, True), ("/bin/jaeger", "", False, False), ("", "http://collector", False, False), ("", "", True, False)],
+)
+def test_spans_come_here_when_nobody_else_takes_them_and_we_stay(
+    on_path: str, given: str, keep: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libs.cli.demo.shutil.which", lambda name: on_path or None)
+    settings = LocalSettings(otlp_endpoint=given)
+    assert demo.sending_to("http://here", settings, keep=keep).otlp_endpoint == ("http://here" if used else given)
 
 
 def test_a_difference_in_the_last_bits_fails_the_step(gateway: FakeGateway, trained: Trained) -> None:

@@ -199,6 +199,18 @@ def test_what_the_user_set_reaches_the_services(settings: LocalSettings, home: H
     assert environment["MILLRACE_HOME"] == str(home.root)
 
 
+def test_services_send_their_spans_to_the_collector_of_the_settings(
+    settings: LocalSettings, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    broker = Broker(BrokerKind.KAFKA, "127.0.0.1:9092")
+    environments = [
+        platform.parts(settings.model_copy(update={"otlp_endpoint": given}), home, broker, None)[-1].environment()
+        for given in ("http://there", "")
+    ]
+    assert [environment.get("OTEL_EXPORTER_OTLP_ENDPOINT") for environment in environments] == ["http://there", None]
+
+
 def test_a_restart_shows_in_the_status(settings: LocalSettings, supervisor: subprocess.Popen[str]) -> None:
     os.kill(next(part.pid for part in platform.status(settings).parts if part.pid) or 0, signal.SIGKILL)
     while platform.status(settings).parts[0].restarts == 0 or platform.status(settings).parts[0].state != State.READY:
