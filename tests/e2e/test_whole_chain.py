@@ -1,5 +1,6 @@
 """The whole platform on a real Kafka with a real Jaeger."""
 
+import base64
 import io
 import json
 import os
@@ -10,11 +11,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from confluent_kafka import KafkaError, KafkaException, Producer
 
+from schemas.registry import ArchiveVersion, CommandRefused, CreateEndpoint
+from schemas.topics import COMMANDS
 from tests.e2e.platforms import PATIENT_GATEWAY, RunningPlatform, cancer_model, dumped, samples
 from tests.integration.servers import JaegerServer, run_jaeger
 
@@ -237,6 +242,95 @@ def test_a_version_that_is_not_built_cannot_be_deployed(platform, cancer, tmp_pa
     answer = platform.http.post("/api/v1/endpoints/cancer/deployments", json={"model": "never", "version": 1})
     assert answer.status_code == 409
     assert "rejected" in answer.json()["error"]
+
+
+class AnyKafkaClient:
+    """Another program, which puts on the topic of commands whatever it likes."""
+
+    def __init__(self, servers: str) -> None:
+        self._producer = Producer({"bootstrap.servers": servers, "message.max.bytes": 20_000_000, "log_level": 0})
+
+    def command(self, value: bytes, headers: dict[str, bytes]) -> int:
+        """Send a record; the offset at which it stands. Raises what the broker refuses it with."""
+        told: list[tuple[KafkaError | None, int | None]] = []
+        self._producer.produce(
+            COMMANDS.name, value, headers=list(headers.items()), on_delivery=lambda error, sent: told.append((error, sent.offset()))
+        )
+        assert self._producer.flush(120) == 0
+        ((error, offset),) = told
+        if error is not None:
+            raise KafkaException(error)
+        assert offset is not None
+        return offset
+
+
+def cloudevent(event_type: str, event_id: str) -> dict[str, bytes]:
+    return {"ce_specversion": b"1.0", "ce_id": event_id.encode(), "ce_type": event_type.encode(), "ce_source": b"/somebody"}
+
+
+def test_commands_that_are_none_are_answered_and_change_nothing(platform, cancer):
+    value, create = b'{"endpoint_name": "never-made"}', CreateEndpoint.event_type
+    bad = [
+        (value, cloudevent(create.replace("create", "paint"), "unknown"), "no contract has the event type"),
+        (b'{"name": "never-made"}', cloudevent(create, "missing"), "endpoint_name: Field required"),
+        (value, cloudevent(create.replace(".v1", ".v9"), "version"), f"is not a known version of this event; known: {create}"),
+        (value, {}, "it has no ce_ headers"),
+        (value, {"\x01" * 200_000: b""}, "it has no ce_ headers"),  # as JSON its name does not fit into a record
+    ]
+    before = restarts(platform), registered(platform)
+    client = AnyKafkaClient(f"127.0.0.1:{platform.kafka_port}")
+    with pytest.raises(KafkaException) as refused:
+        client.command(b"x" * 10_000_000, cloudevent(create, "huge"))
+    assert refused.value.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE
+    offsets = [client.command(value, headers) for value, headers, _ in bad]
+    client.command(b'{"model_name": "never-made", "version": 1}', cloudevent(ArchiveVersion.event_type, "understood"))
+
+    letters = dead_letters_when(platform, offsets)
+    for letter, (value, _, cause) in zip(letters, bad, strict=True):
+        assert cause in letter["cause"]
+        assert letter["consumer"] == "registry"
+        assert letter["value_truncated"] or base64.b64decode(letter["value_base64"]) == value
+    assert [letter["value_truncated"] for letter in letters] == [False, False, False, False, True]
+    operation = answered_operation(platform, "understood")
+    assert operation["outcome"]["type"] == CommandRefused.event_type
+    assert "never-made" in operation["error"]
+
+    assert platform.is_ready()
+    assert (restarts(platform), registered(platform)) == before
+    platform.cli("endpoints", "create", "made-afterwards")
+    platform.cli("endpoints", "delete", "made-afterwards")
+
+
+def restarts(platform: RunningPlatform) -> dict[str, tuple[str, int]]:
+    return {part["name"]: (part["state"], part["restarts"]) for part in platform.status()["parts"]}
+
+
+def registered(platform: RunningPlatform) -> list[object]:
+    """What is registered, without what replicas do by themselves."""
+    models = platform.http.get("/api/v1/models").json()
+    endpoints = platform.http.get("/api/v1/endpoints").json()["endpoints"]
+    return [models, [(endpoint["endpoint_name"], endpoint["traffic"], endpoint["deployment_ids"]) for endpoint in endpoints]]
+
+
+def dead_letters_when(platform: RunningPlatform, offsets: list[int]) -> list[dict[str, Any]]:
+    """The dead letters of the commands at these offsets, whole, once all are there."""
+    end = time.monotonic() + 120
+    while True:
+        listed = platform.http.get("/api/v1/dead-letters").json()["dead_letters"]
+        ids = {letter["origin_offset"]: letter["id"] for letter in listed if letter["origin_topic"] == COMMANDS.name}
+        if ids.keys() >= {*offsets}:
+            return [platform.http.get(f"/api/v1/dead-letters/{ids[offset]}").json() for offset in offsets]
+        assert time.monotonic() < end, listed
+        time.sleep(0.2)
+
+
+def answered_operation(platform: RunningPlatform, command_id: str) -> dict[str, Any]:
+    """What became of a command, once it is known."""
+    end = time.monotonic() + 120
+    while not (view := platform.http.get(f"/api/v1/operations/{command_id}").json()).get("done"):
+        assert time.monotonic() < end, view
+        time.sleep(0.2)
+    return view
 
 
 def test_everything_is_back_after_down_and_up(platform, cancer):
