@@ -79,6 +79,7 @@ class KafkaStreamLog:
         self._member: Any = None
         self._is_paused = False
         self._held: list[Taken] = []
+        self._taken_to: dict[int, int] = {}
         self._committed: dict[int, int] = {}
         self._fatal: KafkaError | None = None
         self._undelivered: KafkaError | None = None
@@ -286,6 +287,7 @@ class KafkaStreamLog:
         self._assignment += 1
         self._held.clear()
         for place in partitions:
+            self._taken_to.pop(place.partition, None)
             self._committed.pop(place.partition, None)
         if is_over and not self._is_closing:
             self._committing.release()
@@ -306,7 +308,9 @@ class KafkaStreamLog:
                 if self._is_record(message):
                     size += len(message)
                     records.append(_taken(message))
-        return Chunk(assignment, records)
+        chunk = Chunk(assignment, records)
+        self._taken_to.update(chunk.offsets())
+        return chunk
 
     def _stay(self, timeout_s: float) -> None:
         self._pause(True)
@@ -376,8 +380,17 @@ class KafkaStreamLog:
         low, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S, cached=not self._is_paused)
         if high < 0:
             low, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S)
-        done = self._committed.get(place.partition, -1)
-        return max(0, int(high) - max(int(low), done, 0))
+        return max(0, int(high) - max(int(low), self._done(place), 0))
+
+    def _done(self, place: TopicPartition) -> int:
+        """What nothing before waits: the committed offset, or, once nothing is in hand, where the client stands.
+
+        That is behind what ends transactions, for which no record stands.
+        """
+        committed = self._committed.get(place.partition, -1)
+        if self._held or committed < self._taken_to.get(place.partition, committed):
+            return committed
+        return max(committed, int(self._consumer.position([place])[0].offset))
 
     def _common(self) -> dict[str, Any]:
         return {

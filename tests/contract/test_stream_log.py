@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -38,9 +38,21 @@ class Place:
     async def ask(self, *values: int) -> None:
         producer = self.broker.producer()
         await producer.start()
-        topic = inference_requests(self.endpoint_name).name
-        await producer.send([Record(topic, b"key-%d" % value, b"%d" % value, (("ce_id", b"%d" % value),)) for value in values])
+        await producer.send(self._requests(values))
         await producer.stop()
+
+    async def ask_in_transactions(self, *values: int) -> None:
+        """Each in one of its own: behind the last record of a partition stands what only says that it was committed."""
+        producer = self.broker.transactional_producer(f"asks-{self.endpoint_name}")
+        await producer.start()
+        for value in values:
+            async with producer.transaction():
+                await producer.send(self._requests([value]))
+        await producer.stop()
+
+    def _requests(self, values: Sequence[int]) -> list[Record]:
+        topic = inference_requests(self.endpoint_name).name
+        return [Record(topic, b"key-%d" % value, b"%d" % value, (("ce_id", b"%d" % value),)) for value in values]
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[StreamLog]:
@@ -151,6 +163,23 @@ async def test_what_waits_is_counted(place):
         await stream.stay(0.01)
         await place.ask(10, 11)
         assert sum((await stream.lags()).values()) == 2
+
+
+async def test_what_no_record_stands_for_does_not_wait(place):
+    await place.ask_in_transactions(*range(5))
+    async with place.stream() as stream:
+        chunks = await place.take(stream, 5)
+        assert sum((await stream.lags()).values()) >= 5
+        await place.answer(stream, chunks)
+        await nothing_waits(stream)
+    async with place.stream() as stream:
+        await nothing_waits(stream)
+
+
+async def nothing_waits(stream: StreamLog) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while sum((await stream.lags()).values()) or not (await stream.lags()):
+            assert not (await stream.take(100, 10**6, 0.2)).records
 
 
 async def test_a_commit_for_an_assignment_that_is_over_writes_nothing(place):
