@@ -42,6 +42,7 @@ class Workers:
         await asyncio.gather(*(process.wait() for process in self._processes.values()))
 
     async def _spawn(self, number: int) -> None:
+        _ready_file(self._settings, number).unlink(missing_ok=True)  # one that was killed has left its own
         command = (sys.executable, "-m", "services.gateway", _WORKER_OPTION, str(number))
         self._processes[number] = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
 
