@@ -404,7 +404,8 @@ class DataPlane:
                 continue
             endpoint_name = batch.route.endpoint_name
             if pending.attempts >= _MOST_ATTEMPTS:
-                self._end(pending, Outcome.FAILED, RunnersLostError(f"endpoint {endpoint_name!r} lost two runners over this request: {error}"))
+                lost = RunnersLostError(f"endpoint {endpoint_name!r} lost two runners over this request: {error}")
+                self._end(pending, Outcome.FAILED, lost)
             elif not self._retries.take(monotonic()):
                 self._end(pending, Outcome.FAILED, NotReadyError(f"endpoint {endpoint_name!r} lost the runner: {error}"))
             else:

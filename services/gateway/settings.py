@@ -30,8 +30,8 @@ class HttpSettings(BaseSettings):
     max_buffered_bytes: int = Field(
         2**30,
         ge=2**20,
-        description="Memory for bodies that are being received, all connections together, in bytes; else 503. As much again for answers that "
-        "clients do not take at once; beyond it one is cut.",
+        description="Memory for bodies that are being received, all connections together, in bytes; else 503. As much again for answers "
+        "that clients do not take at once; beyond it one is cut.",
     )
     first_byte_timeout_s: float = Field(10.0, gt=0, description="Time a new connection may be silent, in seconds.")
     idle_timeout_s: float = Field(75.0, gt=0, description="Time a connection may be silent between two requests, in seconds.")

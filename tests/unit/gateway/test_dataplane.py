@@ -387,7 +387,7 @@ async def test_a_request_that_loses_two_runners_fails(bench):
     await turn()
     bench.pool.asked[0].answer(RunnerGoneError("gone"))
     bench.pool.asked[1].answer(RunnerGoneError("gone"))
-    assert bench.errors() == {"1": NotReadyError}
+    assert bench.errors() == {"1": RunnersLostError}
     assert len(bench.pool.asked) == 2
 
 
