@@ -198,8 +198,8 @@ def _cage() -> Iterator[Finding]:
         yield Finding(
             Level.WARNING,
             "cage",
-            "Landlock is not active, so a loaded model can read what this user can read",
-            "boot a kernel ≥ 5.13 with `lsm=landlock,…`",
+            "Landlock is not active: A LOADED MODEL CAN READ AND WRITE EVERY FILE OF THIS USER, the platform's keys and log included",
+            "boot a kernel ≥ 5.13 with `lsm=landlock,…`, or serve only models that you made yourself",
         )
     namespaces = int(_read("/proc/sys/user/max_user_namespaces") or 0)
     restricted = _read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"

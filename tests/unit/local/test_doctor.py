@@ -1,4 +1,5 @@
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_a_home_that_cannot_be_written_is_a_problem() -> None:
     (finding,) = findings("home", home=Path("/proc/home"))
     assert finding.level is Level.PROBLEM
     assert "choose another home" in finding.remedy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
+def test_a_kernel_without_landlock_is_said_to_protect_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_landlock_version", lambda: -1)
+    (finding,) = [finding for finding in findings("cage") if finding.level is not Level.OK]
+    assert "A LOADED MODEL CAN READ AND WRITE EVERY FILE OF THIS USER" in finding.explanation
+    assert "serve only models that you made yourself" in finding.remedy
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do(tmp_path: Path) -> None:
