@@ -32,6 +32,9 @@ _PING_PAUSE_S = 0.1
 _MOST_ATTEMPTS = 2
 """A request may run twice, never more often: prediction is pure, and one that loses two runners may be the cause."""
 
+_TIMER_S = 0.001
+"""A timer may be so early: the event loop's clock moves in whole milliseconds."""
+
 _REMEMBERED_REQUESTS = 10_000
 """Of so many requests the share that may be tried again is kept; a batch alone may hold a thousand."""
 
@@ -95,6 +98,7 @@ class DataPlane:
         self._lanes: dict[str, Lane] = {}
         self._open: dict[Pending, None] = {}
         self._held_bytes = 0
+        self._expiring: asyncio.TimerHandle | None = None
         self._retries = _RetryBudget(self._limits.retries_per_request, self._limits.retries_at_least)
         self._probes: dict[Replica, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop
@@ -122,6 +126,8 @@ class DataPlane:
     async def stop(self) -> None:
         for probe in self._probes.values():
             probe.cancel()
+        if self._expiring is not None:
+            self._expiring.cancel()
         for pending in list(self._open):
             self._end(pending, Outcome.FAILED, NotReadyError("the gateway is stopping"))
         self._lanes.clear()
@@ -175,7 +181,10 @@ class DataPlane:
         self._open[pending] = None
         self._retries.earn()
         self._recorder.accepted(pending)
-        pending.timer = self._loop.call_at(pending.deadline_s, self._expire, pending)
+        if ask.timeout_ms is not None:
+            pending.timer = self._loop.call_at(pending.deadline_s, self._expire, pending)
+        elif self._expiring is None:
+            self._expiring = self._loop.call_at(pending.deadline_s, self._expire_oldest)
         if route is None:
             self._wait_for_replica(pending)
         else:
@@ -445,6 +454,19 @@ class DataPlane:
         except MillraceError as reason:
             error = reason
         self._end(pending, Outcome.FAILED, error)
+
+    def _expire_oldest(self) -> None:
+        """End the requests without a deadline of their own whose time is over: theirs end in the order in which they came.
+
+        One timer does for all of them; making one for each took 3 µs of a request's 65.
+        """
+        self._expiring = None
+        due_s = monotonic() + _TIMER_S
+        for pending in [pending for pending in self._open if pending.timer is None]:
+            if pending.deadline_s > due_s:
+                self._expiring = self._loop.call_at(pending.deadline_s, self._expire_oldest)
+                return
+            self._expire(pending)
 
     def _expire(self, pending: Pending) -> None:
         timeout_ms = pending.ask.timeout_ms or self._limits.timeout_ms
