@@ -165,6 +165,7 @@ def data_plane_limits(settings: Settings) -> DataPlaneLimits:
         replica_wait_s=settings.replica_wait_ms / 1000,
         accepted=settings.accepted_requests,
         held_bytes=settings.held_bytes,
+        look_s=settings.look_us / 1e6,
         batch=BatchLimits(
             rows=settings.batch_rows,
             size_bytes=settings.batch_bytes,

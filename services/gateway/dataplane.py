@@ -64,7 +64,8 @@ class Recorder(Interface):
 class DataPlaneLimits:
     """How long requests may take and wait, how many there may be, and how often they are tried again.
 
-    ``held_bytes`` are the tensors of all accepted requests together.
+    ``held_bytes`` are the tensors of all accepted requests together. ``look_s`` is how long the event loop looks for the answer to the only
+    request there is before it goes to sleep: waking up takes longer than a quick model does.
 
     ``retries_per_request`` of all requests, and ``retries_at_least`` a second besides, may be tried again on another replica: when
     everything is dying, repeating it all would only double the load.
@@ -74,6 +75,7 @@ class DataPlaneLimits:
     replica_wait_s: float = 5.0
     accepted: int = 10_000
     held_bytes: int = 2**30
+    look_s: float = 0.0
     retries_per_request: float = 0.2
     retries_at_least: float = 10.0
     batch: BatchLimits = field(default_factory=BatchLimits)
@@ -99,6 +101,8 @@ class DataPlane:
         self._open: dict[Pending, None] = {}
         self._held_bytes = 0
         self._expiring: asyncio.TimerHandle | None = None
+        self._look_until_s = 0.0
+        self._is_looking = False
         self._retries = _RetryBudget(self._limits.retries_per_request, self._limits.retries_at_least)
         self._probes: dict[Replica, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop
@@ -312,6 +316,18 @@ class DataPlane:
             lambda answer: self._answered(lane, batch, answer),
             timeout_s=timeout_s,
         )
+        if len(self._open) == 1 and self._limits.look_s:
+            self._look_until_s = now + self._limits.look_s
+            if not self._is_looking:
+                self._is_looking = True
+                self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Keep the event loop from sleeping while the only request there is may be answered any moment; it does what else comes, too."""
+        if len(self._open) == 1 and monotonic() < self._look_until_s:
+            self._loop.call_soon(self._look)
+        else:
+            self._is_looking = False
 
     def _answered(self, lane: Lane, batch: Batch, answer: InferResponse | MillraceError) -> None:
         try:

@@ -144,6 +144,13 @@ class Settings(BaseSettings):
     held_bytes: int = Field(
         2**30, ge=2**20, description="Memory for the tensors of all predict requests that are being answered, in bytes; beyond it: 429."
     )
+    look_us: int = Field(
+        500,
+        ge=0,
+        le=10_000,
+        description="Time that the event loop looks for the answer to the only request there is before it sleeps, in microseconds: one "
+        "client that asks without pause is answered sooner, for processor time. 0: never.",
+    )
     async_concurrency: int = Field(
         32,
         ge=1,
