@@ -361,7 +361,6 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
         ports=_gateway_ports(settings) if name == "gateway" else (),
         is_ready=(lambda: _is_healthy(settings)) if name == "gateway" else None,
         stop_timeout_s=15,
-        in_background=name != "gateway",
     )
 
 

@@ -19,28 +19,18 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def child_setup(*, in_background: bool = False) -> Callable[[], None]:
+def child_setup() -> Callable[[], None]:
     """What a child does between fork and exec: ask for SIGTERM when the supervisor's main thread dies.
 
-    Built before the fork, so that the child only makes a few system calls.
-
-    Parameters
-    ----------
-    in_background
-        Schedule it, and what it starts, as ``SCHED_BATCH``: it gets the same share of the processors, but does not interrupt others when
-        it wakes up. Linux only.
+    Built before the fork, so that the child only makes two system calls.
     """
     control = _control()
     supervisor = os.getpid()
-    parameter = os.sched_param(0) if in_background and sys.platform == "linux" else None
 
     def tie_to_supervisor() -> None:
         control(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != supervisor:
             os.kill(os.getpid(), signal.SIGTERM)
-        if parameter is not None:
-            with suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_BATCH, parameter)
 
     return tie_to_supervisor
 

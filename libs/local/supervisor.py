@@ -62,8 +62,6 @@ class Part:
         Its death takes with it what the others rely on: they are restarted when it is back.
     required
         Whether the rest is worth nothing without it; if not, the others go on when it does not start.
-    in_background
-        Whether nobody waits for its answers: it does not interrupt those that somebody waits for.
     """
 
     name: str
@@ -78,7 +76,6 @@ class Part:
     stop_timeout_s: float = 10.0
     restarts_dependents: bool = False
     required: bool = True
-    in_background: bool = True
 
 
 @dataclass(frozen=True)
@@ -299,7 +296,7 @@ class Supervisor:
                     stdout=output,
                     stderr=output,
                     process_group=0,
-                    preexec_fn=processes.child_setup(in_background=part.in_background),
+                    preexec_fn=processes.child_setup(),
                 )
         except OSError as error:
             raise _NotReadyError(f"`{part.argv[0]}` cannot be run: {error.strerror}") from error

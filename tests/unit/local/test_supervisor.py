@@ -2,7 +2,6 @@ import asyncio
 import os
 import signal
 import socket
-from dataclasses import replace
 
 import psutil
 import pytest
@@ -146,10 +145,3 @@ async def test_a_second_stop_kills_at_once(home: Home) -> None:
 def test_pauses_between_restarts_double_up_to_a_limit() -> None:
     backoff = Backoff(first_s=0.5, longest_s=30)
     assert [backoff.delay_s(failures) for failures in (1, 2, 3, 7, 10_000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
-async def test_what_nobody_waits_for_does_not_interrupt_others(home: Home) -> None:
-    async with supervised(home, [program("service"), replace(program("door"), in_background=False)]) as run:
-        assert os.sched_getscheduler(run.pid("service")) == os.SCHED_BATCH
-        assert os.sched_getscheduler(run.pid("door")) == os.SCHED_OTHER
