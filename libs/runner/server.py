@@ -57,12 +57,6 @@ MAX_UNANSWERED = 256
 STAND_IN_AFTER_S = 0.01
 """The stand-in looks this often, so it reads once the model has been busy with one request for one to two of these."""
 
-LOOK_S = 0.0004
-"""While requests lately came so soon after the last answer, the main thread looks for the next one for so long before it sleeps."""
-
-_LEARNING = 0.3
-"""Weight of the last pause between an answer and the next request."""
-
 HUNG_STATUS = 75
 """Exit status of a runner whose model hung; the number is ``EX_TEMPFAIL``: another runner may do better."""
 
@@ -190,8 +184,6 @@ class Server:
         self._finished = False
         self._reading = threading.Lock()
         self._looked_s = 0.0
-        self._done_s = 0.0
-        self._pause_s = 1.0
         self._current: Request | None = None
         self._sequence = 0
         self._busy_since: float | None = None
@@ -259,35 +251,23 @@ class Server:
             self._wake()
             self._reading.acquire()
         try:
-            if self._requests or self._ending:
-                self._poll(0)
-            elif self._pause_s < LOOK_S:
-                self._look_for_a_while()
+            self._poll(0 if self._requests or self._ending else None)
             while not self._requests and not self._ending:
                 self._poll(None)
         finally:
             self._reading.release()
-
-    def _look_for_a_while(self) -> None:
-        """Look for the next request without sleeping, and let others run: one who asks without pause is back before we would be awake."""
-        until_s = self._done_s + LOOK_S
-        while not self._requests and not self._ending and time.monotonic() < until_s:
-            self._poll(0)
-            os.sched_yield()
 
     def _work(self, request: Request) -> None:
         connection = request.connection
         if not connection.closed and not request.is_cancelled:
             self._current = request
             self._sequence += 1
-            self._busy_since = began_s = time.monotonic()
-            self._pause_s += _LEARNING * (began_s - self._done_s - self._pause_s)
+            self._busy_since = time.monotonic()
             # In this order, and the stand-in looks in the other: it never rests while there is something to watch.
             if self._resting:
                 self._rouse.set()
             answer = self._predict(request)
             self._busy_since = self._current = None
-            self._done_s = time.monotonic()
             if not request.is_cancelled:
                 self._answer(connection, answer)
         connection.unanswered.pop(request.request_id, None)

@@ -512,6 +512,24 @@ async def test_tensors_of_accepted_requests_have_a_bound():
         assert set(bench.answers()) == {"1", "6"}
 
 
+async def test_looking_for_the_only_answer_keeps_nobody_from_anything_and_ends_with_it():
+    async with running(look_s=60.0) as bench:
+        bench.ask((1, 0))
+        await turn()
+        assert bench.plane._is_looking
+        bench.ask((2, 0))
+        await turn()
+        assert not bench.plane._is_looking
+        bench.pool.asked[0].answer()
+        bench.pool.asked[1].answer()
+        bench.ask((3, 0))
+        await turn()
+        assert bench.plane._is_looking
+        bench.pool.asked[2].answer()
+        await turn()
+        assert (bench.plane._is_looking, set(bench.answers())) == (False, {"1", "2", "3"})
+
+
 async def test_a_batch_that_fails_after_its_deployment_went_is_asked_of_another(bench):
     bench.ask((1, 0))
     await turn()
