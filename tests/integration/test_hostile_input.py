@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.gateway.routes import ROUTES, Door
+from services.gateway.routes import ROUTES, Door, find
 from tests.integration.real_gateway import MAX_BODY_BYTES, RealGateway, real_gateway
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -672,7 +672,7 @@ async def test_no_method_on_any_route_is_an_accident(gateway):
             (answer,) = answers_in(data, bodiless=method == "HEAD")
             if method == "HEAD":
                 assert data.endswith(b"\r\n\r\n")
-            if method == "HEAD" and ("GET", path) in taken:
+            if method == "HEAD" and find("GET", path).route is not None:
                 assert answer.status in (200, 400, 404, 409), (path, answer)
                 continue
             assert answer.status == 405, (method, path, answer)
