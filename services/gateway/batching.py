@@ -111,6 +111,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._weight = 1.0
+        self.batches = 0
         self._rows = 0.0
         self._took_s = 0.0
         self._variance = 0.0
@@ -120,6 +121,7 @@ class Pace:
 
     def add(self, rows: int, took_s: float) -> None:
         """Learn from a batch."""
+        self.batches += 1
         weight, self._weight = self._weight, max(0.1, self._weight / (1 + self._weight))
         more, longer = rows - self._rows, took_s - self._took_s
         self._rows += weight * more
@@ -139,6 +141,9 @@ class Pace:
         """Rows of a batch that takes no longer."""
         return int(max(0.0, takes_s - self.fixed_s) / self.row_s) if self.row_s > 0 else 2**31
 
+
+_FEW_BATCHES = 8
+"""What fewer batches took says too little of how long others will wait: the first one of a model is often ten times as slow."""
 
 _LEARNING = 0.1
 """Weight of the last batch in the model's part of the time."""
@@ -201,8 +206,10 @@ class Lane:
         self._batchable = False
 
     def wait_s(self) -> float:
-        """Seconds until a request of one row that comes now will be answered, by what batches took lately; 0 while nothing is known."""
+        """Seconds until a request of one row that comes now will be answered, by what batches took lately; 0 while little is known."""
         pace = self.pace
+        if pace.batches < _FEW_BATCHES:
+            return 0.0
         batches = -(-(self._rows_queued + 1) // max(1, self._most_rows(self.limits.takes_s))) if self._batchable else len(self._queue) + 1
         return ((batches + self.in_flight) * pace.fixed_s + (self._rows_queued + 1) * pace.row_s) / max(1, len(self._busy))
 

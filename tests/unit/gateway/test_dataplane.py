@@ -499,6 +499,15 @@ async def test_neighbours_of_a_request_that_hangs_are_asked_again_alone(bench):
     assert bench.recorder.ends()["3"] == ["expired"]
 
 
+async def test_a_first_batch_that_was_slow_refuses_nobody(bench):
+    bench.ask((1, 0))
+    await turn()
+    bench.pool.asked[0].answer(model_s=0.5)
+    for number in range(2, 12):
+        bench.ask((number, 0))
+    assert bench.errors() == {}
+
+
 async def test_tensors_of_accepted_requests_have_a_bound():
     async with running(held_bytes=64) as bench:
         bench.ask((1, 0), (2, 0), (3, 0))
