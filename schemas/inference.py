@@ -27,23 +27,38 @@ class Datatype(StrEnum):
 
 
 class TensorSpec(Contract):
-    """Name, element type and shape of one tensor; -1 stands for a dimension of any size (the first is the batch)."""
+    """Name, element type and shape of one tensor; -1 stands for a dimension of any size (the first is the batch).
+
+    An input with a ``dtype`` is a column of a table: its shape is ``[-1]``, and the runner gives the model a DataFrame of all columns.
+    """
 
     name: str = Field(min_length=1, max_length=256)
     datatype: Datatype
     shape: tuple[int, ...]
+    dtype: str | None = Field(default=None, max_length=64, description="pandas dtype of the column; null: not a column.")
+    categories: tuple[bool | int | float | str, ...] | None = Field(default=None, description="Of a column of dtype `category`, in order.")
+    optional: bool = Field(default=False, description="Whether a request may leave the column out.")
 
 
 class Signature(Contract):
-    """What a model version takes and gives.
+    """The inputs and outputs of a model version.
 
-    ``outputs[0]`` is the default answer: the one a request gets that names no outputs.
+    ``outputs[0]`` is the default answer of V1: the one a request gets that names no outputs.
     ``feature_names`` are the columns of the single two-dimensional input, if the model was trained with names.
+    ``ignored_columns`` are columns of the training table that the model does not use: requests may have them, with any values.
+    ``batchable`` says that rows are independent, so requests may be joined and cut; the trial found it so.
     """
 
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     feature_names: tuple[str, ...] | None = None
+    ignored_columns: tuple[str, ...] = ()
+    batchable: bool = True
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the inputs are the typed columns of a table."""
+        return self.inputs[0].dtype is not None
 
 
 class InferenceResult(Contract):

@@ -48,16 +48,20 @@ class Lineage(Contract):
 
 
 class VersionSpec(Contract):
-    """What the uploader says of a version, unchanged for its whole life.
+    """The uploader's description of a version, unchanged for its whole life (but for the example of a version that waits for one).
 
-    ``requirements`` are PEP 508 lines; ``None`` means: infer them from the artifact. ``example`` is a V1 (``instances``) or V2
-    (``inputs``) request body; it becomes the golden sample of the version.
+    ``requirements`` are PEP 508 lines; ``None`` means: infer them from the artifact. ``example`` is a request body in any form that the
+    protocols take; it becomes the golden sample of the version.
     """
 
     artifact: Artifact
+    code: Artifact | None = Field(default=None, description="Python modules beside the model, importable in the sandbox only.")
+    allow_code: bool = Field(default=False, description="The uploader's consent to code that the artifact carries or calls.")
     format: ArtifactFormat | None = Field(default=None, description="None: decided by content.")
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None
+    signature: Signature | None = Field(default=None, description="As the uploader declares it; null: found in the trial.")
+    forbid_batching: bool = Field(default=False, description="Never join or cut requests, whatever the trial finds.")
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)
     lineage: Lineage = Field(default_factory=Lineage)
