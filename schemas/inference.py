@@ -61,6 +61,12 @@ class Signature(Contract):
         return self.inputs[0].dtype is not None
 
 
+class DeclaredSignature(Contract):
+    """The inputs of a model version as its uploader declares them; its outputs are found in the trial."""
+
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=4096)
+
+
 class InferenceResult(Contract):
     """One JSON record of ``millrace.inference.<endpoint>.results``: exactly one of ``predictions``, ``outputs`` and ``error`` is set.
 

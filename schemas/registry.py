@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from schemas.base import Alias, Command, Contract, Fact, Name, Payload, Percent, Sha256, VersionNumber
 from schemas.environment import EnvironmentLock
-from schemas.inference import Signature
+from schemas.inference import DeclaredSignature, Signature
 from schemas.predictions import PredictionLogSettings
 from schemas.validation import Finding, Measurements
 
@@ -60,7 +60,7 @@ class VersionSpec(Contract):
     format: ArtifactFormat | None = Field(default=None, description="None: decided by content.")
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None
-    signature: Signature | None = Field(default=None, description="As the uploader declares it; null: found in the trial.")
+    signature: DeclaredSignature | None = Field(default=None, description="As the uploader declares it; null: found in the trial.")
     forbid_batching: bool = Field(default=False, description="Never join or cut requests, whatever the trial finds.")
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)

@@ -27,7 +27,12 @@ def upload(
     name: Annotated[str, typer.Option("--name", help="Model to add a version to; it is made if it does not exist.")],
     artifact_format: Annotated[str | None, typer.Option("--format", help="sklearn or onnx; else decided by content.")] = None,
     requirements: Annotated[Path | None, typer.Option("--requirements", help="requirements.txt; else inferred from the file.")] = None,
-    example: Annotated[Path | None, typer.Option("--example", help="A request (JSON) that the model must be able to answer.")] = None,
+    example: Annotated[
+        Path | None, typer.Option("--example", help="A request that the model must be able to answer: JSON, CSV with a header, or .npy.")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option("--signature", help="Typed columns or inputs (JSON), also in MLflow's form; else found in the trial.")
+    ] = None,
     alias: Annotated[list[str] | None, typer.Option("--alias", help="Alias for the new version.")] = None,
     description: Annotated[str, typer.Option("--description", help="A sentence about this version.")] = "",
     label: Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE; may be repeated.")] = None,
@@ -40,7 +45,8 @@ def upload(
     body: dict[str, Any] = {
         "format": artifact_format,
         "requirements": requirement_lines(requirements) if requirements else None,
-        "example": read_json(example) if example else None,
+        "example": read_example(example) if example else None,
+        "signature": read_json(signature) if signature else None,
         "aliases": alias or None,
         "description": description or None,
         "labels": references.labels(label) if label else None,
@@ -149,6 +155,20 @@ def requirement_lines(path: Path) -> list[str]:
     """The requirements in a file, without comments and empty lines."""
     lines = (line.split(" #")[0].strip() for line in _read(path).splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_example(path: Path) -> Any:
+    """An example as the management API takes it: JSON as it is, CSV as ``{"csv": text}``, an array as V1's ``inputs``."""
+    if path.suffix == ".npy":
+        import numpy as np
+
+        try:
+            return {"inputs": np.load(path, allow_pickle=False).tolist()}
+        except (OSError, ValueError) as error:
+            raise CommandError(f"{path} cannot be read as an array: {error}") from error
+    if path.suffix == ".csv":
+        return {"csv": _read(path)}
+    return read_json(path)
 
 
 def read_json(path: Path) -> Any:

@@ -6,8 +6,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from libs.errors import InvalidArgumentError
+from libs.inference import declarations, examples
 from libs.inference.bodies import parse_object
 from schemas.base import Alias, Name, Percent, Sha256, VersionNumber
+from schemas.inference import DeclaredSignature
 from schemas.predictions import PredictionLogMode
 from schemas.registry import ArtifactFormat, Labels
 
@@ -67,7 +69,11 @@ class NewVersion(Body):
     artifact: UploadedArtifact
     format: ArtifactFormat | None = Field(default=None, description="sklearn or onnx; absent: decided by content.")
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200, description="PEP 508 lines; absent: inferred.")
-    example: dict[str, Any] | None = Field(default=None, description="A V1 or V2 request body that the version must be able to answer.")
+    example: dict[str, Any] | None = Field(
+        default=None,
+        description='A request body in any JSON form that the protocols take, or `{"csv": text}`; the version must be able to answer it.',
+    )
+    signature: DeclaredSignature | None = Field(default=None, description="Typed inputs or columns; absent: found in the trial.")
     aliases: tuple[Alias, ...] = ()
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)
@@ -76,9 +82,17 @@ class NewVersion(Body):
     @field_validator("example")
     @classmethod
     def _is_request(cls, example: dict[str, Any] | None) -> dict[str, Any] | None:
-        if example is not None and ("instances" in example) == ("inputs" in example):
-            raise ValueError("an example is a request body: it has exactly one of 'instances' (V1) and 'inputs' (V2)")
+        if example is not None and sum(form in example for form in examples.FORMS) != 1:
+            raise ValueError(f"an example is a request body: it has exactly one of {', '.join(map(repr, examples.FORMS))}")
         return example
+
+    @field_validator("signature", mode="before")
+    @classmethod
+    def _is_signature(cls, document: Any) -> Any:
+        try:
+            return None if document is None else declarations.read(document)
+        except InvalidArgumentError as error:
+            raise ValueError(error.message) from error
 
 
 class AliasTarget(Body):

@@ -108,6 +108,7 @@ class Management:
                     format=body.format,
                     requirements=body.requirements,
                     example=body.example,
+                    signature=body.signature,
                     description=body.description,
                     labels=body.labels,
                     lineage=Lineage(**dict(body.lineage)),

@@ -1,0 +1,49 @@
+"""Examples in every form that the protocols take."""
+
+import doctest
+from typing import Any
+
+import numpy as np
+import pytest
+
+from libs.inference import examples
+from libs.inference.errors import InvalidInputError
+from schemas.inference import Datatype, Signature, TensorSpec
+
+SIGNATURE = Signature(
+    inputs=(TensorSpec(name="input", datatype=Datatype.FP64, shape=(-1, 2)),),
+    outputs=(TensorSpec(name="predict", datatype=Datatype.INT64, shape=(-1,)),),
+    feature_names=("a", "b"),
+)
+FORMS: list[dict[str, Any]] = [
+    {"instances": [[1, 2], [3, 4]]},
+    {"instances": [{"a": 1, "b": 2}, {"b": 4, "a": 3}]},
+    {"inputs": {"a": [1, 3], "b": [2, 4]}},
+    {"inputs": [{"name": "input", "datatype": "FP64", "shape": [2, 2], "data": [1, 2, 3, 4]}]},
+    {"dataframe_split": {"columns": ["b", "a"], "data": [[2, 1], [4, 3]]}},
+    {"dataframe_records": [{"a": 1, "b": 2}, {"a": 3, "b": 4}]},
+    {"csv": "a,b\n1,2\n3,4\n"},
+]
+
+
+@pytest.mark.parametrize("example", FORMS, ids=lambda form: next(iter(form)))
+def test_every_form_is_read_as_its_protocol_reads_it(example: dict[str, Any]) -> None:
+    assert np.array_equal(examples.read(example, SIGNATURE).inputs["input"], [[1, 2], [3, 4]])
+
+
+def test_csv_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="'csv' must be the text"):
+        examples.read({"csv": [1]}, SIGNATURE)
+
+
+def test_kinds_of_columns_whose_values_disagree_are_not_told() -> None:
+    assert examples.column_kinds({"inputs": {"a": [1, "x"], "b": [None], "c": [True, None]}}) == {"c": "boolean"}
+
+
+def test_a_malformed_example_has_no_columns() -> None:
+    for example in ({"csv": '"'}, {"dataframe_split": {"columns": 1}}, {"instances": [1]}, {"csv": "1,2\n3,4\n"}):
+        assert examples.column_kinds(example) is None
+
+
+def test_the_documented_examples_hold() -> None:
+    assert doctest.testmod(examples).failed == 0
