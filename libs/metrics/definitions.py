@@ -152,6 +152,11 @@ STREAM_TRANSACTION_SECONDS = _histogram("millrace_stream_transaction_seconds", "
 STREAM_PRODUCERS = _counter(
     "millrace_stream_producers_total", "Transactional producers made, the first and those after an error.", "endpoint"
 )
+STREAM_FAILURES = _counter(
+    "millrace_stream_failures_total",
+    "Times a stream failed over something unforeseen and began anew, while the others went on.",
+    "endpoint",
+)
 
 # Serving
 

@@ -208,7 +208,7 @@ class KafkaStreamLog:
         for result in results:
             while True:
                 try:
-                    produce(result.topic, result.value, result.key, headers=result.headers)
+                    produce(result.topic, result.value, result.key, headers=list(result.headers))  # a tuple is refused
                     break
                 except BufferError:
                     self._producer.poll(0.05)

@@ -22,11 +22,11 @@ from libs.messaging.errors import StoppingError
 from libs.messaging.loop import GRACE_S
 from libs.messaging.retry import keep_trying
 from libs.metrics import Histogram, Metrics
-from libs.metrics.definitions import DEAD_LETTERS, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
+from libs.metrics.definitions import DEAD_LETTERS, STREAM_FAILURES, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
 from schemas.topics import Topic, inference_requests, inference_results
 from services.streaming.answering import SERVICE, Answerer, AnswerParts
 from services.streaming.batches import Item, Pace
-from services.streaming.errors import SessionLostError
+from services.streaming.errors import SessionLostError, SupersededError
 from services.streaming.log import Chunk, StreamLog, StreamLogs
 from services.streaming.state import State
 from services.streaming.tasks import pause, together
@@ -149,9 +149,18 @@ class Stream:
         self._figures = _Figures(endpoint_name, parts.metrics)
         # Small requests can have large answers.
         self._pace = Pace(parts.limits.chunk_records, parts.limits.chunk_bytes)
+        self._uncommitted: dict[int, int] = {}
 
     async def run(self) -> None:
-        """Answer records until stopped; what was not committed is read again by whoever comes next."""
+        """Answer records until stopped; what was not committed is read again by whoever comes next.
+
+        A failure of any kind stops this stream only: it backs off and begins anew, and the streams of other endpoints go on.
+
+        Raises
+        ------
+        SupersededError
+            Another process has taken this one's name in the group.
+        """
         failures = 0
         try:
             while not self._stopping.is_set():
@@ -163,6 +172,17 @@ class Stream:
                     self._learn_from(error)
                     delay_s = self._parts.answering.retry.delay_s(failures)
                     log.warning("streaming %s begins anew in %.1f s: %s", self._requests, delay_s, error)
+                    await pause(self._stopping, delay_s)
+                except (StoppingError, SupersededError):
+                    raise
+                except Exception:
+                    failures = 1 if time.monotonic() - began > 60 else failures + 1
+                    self._figures.failures.value += 1
+                    delay_s = self._parts.answering.retry.delay_s(failures)
+                    places = ", ".join(f"partition {partition} before offset {offset}" for partition, offset in self._uncommitted.items())
+                    log.exception(
+                        "a bug: streaming %s failed at %s; it begins anew in %.1f s", self._requests, places or "its start", delay_s
+                    )
                     await pause(self._stopping, delay_s)
         except StoppingError:
             log.info("the stream of %s stops", self._endpoint_name)
@@ -199,6 +219,7 @@ class Stream:
             if self._answerer.is_answerable():
                 chunk = await stream_log.take(self._pace.count, self._limits.chunk_bytes, POLL_S)
                 if chunk.records:
+                    self._uncommitted.update(chunk.offsets())
                     self._figures.in_flight.value += len(chunk.records)
                     await self._hand_on(stream_log, _Read(chunk, time.monotonic()), taken)
             else:
@@ -254,6 +275,7 @@ class Stream:
             offsets.update(entry.read.chunk.offsets())
         if await stream_log.commit(some[0].read.chunk.assignment, results, offsets):
             self._figures.committed(some)
+            self._uncommitted = {partition: end for partition, end in self._uncommitted.items() if end > offsets.get(partition, -1)}
         else:
             log.info("records of %s are left to whoever reads their partitions now", self._requests)
         self._figures.in_flight.value -= sum(len(entry.items) for entry in some)
@@ -271,6 +293,7 @@ class _Figures:
         self._endpoint_name = endpoint_name
         self._metrics = metrics
         self.in_flight = metrics.gauge(STREAM_IN_FLIGHT, endpoint_name)
+        self.failures = metrics.counter(STREAM_FAILURES, endpoint_name)
         self._seconds = metrics.histogram(STREAM_RECORD_SECONDS, endpoint_name)
         self._partitions: set[int] = set()
 

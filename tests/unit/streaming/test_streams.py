@@ -646,17 +646,6 @@ async def test_a_record_in_hand_when_its_endpoint_is_deleted_stays_on_the_topic(
     assert world.broker.records(RESULTS) == ()
 
 
-async def test_a_bug_in_a_stream_ends_the_component(world, run, monkeypatch):
-    async def fail(self: Any, *_: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(MemoryStreamLog, "take", fail)
-    await world.endpoint((await world.runner()).replica)
-    with pytest.raises(ZeroDivisionError):
-        async with run(world.streams()):
-            await asyncio.sleep(0.05)
-
-
 async def test_connections_to_replicas_that_are_gone_are_closed(world, run):
     first, second = await world.runner(), await world.runner()
     await world.endpoint(first.replica)
@@ -706,3 +695,21 @@ async def test_the_runners_span_is_part_of_the_trace_of_its_record(tmp_path, run
     first, second = world.broker.records(RESULTS)
     assert first.header("traceparent") == f"00-{sampled}-{process.context.span_id:016x}-01"
     assert second.header("traceparent") == f"00-{unsampled}-b7ad6b7169203331-00"
+
+
+async def test_a_stream_that_fails_over_a_bug_begins_anew_and_does_not_end_the_others(world, run, monkeypatch, caplog):
+    original, failures = MemoryStreamLog.commit, iter(range(2))
+
+    async def buggy(self: Any, *arguments: Any) -> Any:
+        if next(failures, None) is not None:
+            raise TypeError("an argument that the client does not take")
+        return await original(self, *arguments)
+
+    monkeypatch.setattr(MemoryStreamLog, "commit", buggy)
+    await world.endpoint((await world.runner()).replica)
+    await world.ask(*rows(*range(5)))
+    streams = world.streams()
+    async with run(streams):
+        assert predicted(await world.results(5)) == list(range(5))
+    assert "failed at partition" in caplog.text
+    assert len(world.broker.records(RESULTS)) == 5
