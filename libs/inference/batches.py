@@ -21,8 +21,8 @@ class UnevenBatchError(ValueError):
 
 
 def is_batchable(signature: Signature) -> bool:
-    """Tell whether every input and output has a first dimension of any size, which is what makes rows."""
-    return all(spec.shape[:1] == (-1,) for spec in (*signature.inputs, *signature.outputs))
+    """Tell whether requests may be joined: every input and output has a first dimension of any size, the rows, and rows are independent."""
+    return signature.batchable and all(spec.shape[:1] == (-1,) for spec in (*signature.inputs, *signature.outputs))
 
 
 def row_count(request: InferRequest) -> int | None:

@@ -88,7 +88,7 @@ def build(
     dataplane = DataPlane(catalog, pool, recorder, data_plane_limits(settings))
     recorder.watch_lanes(lambda: dataplane.lanes)
     management = Management(catalog, journal, commander, store, health, settings.command_wait_s, settings.artifacts.max_bytes)
-    handlers = _handlers(catalog, health)
+    handlers = _handlers(settings, catalog, health)
     reads = _reads(settings, catalog)
     operations = Operations(clock, settings.async_operations, settings.async_kept_bytes)
     hosts = [host.strip() for host in settings.webhook_hosts.split(",") if host.strip()]
@@ -187,10 +187,10 @@ def _reads(settings: Settings, catalog: Catalog) -> Mapping[tuple[str, str], Rea
     }
 
 
-def _handlers(catalog: Catalog, health: Health) -> Mapping[tuple[str, str], Handler]:
+def _handlers(settings: Settings, catalog: Catalog, health: Health) -> Mapping[tuple[str, str], Handler]:
     return {
         **v1.handlers(catalog),
-        **v2.handlers(catalog, health),
+        **v2.handlers(catalog, health, settings.batch_rows),
         **vertex.handlers(catalog),
         **invocations.handlers(catalog, health),
     }

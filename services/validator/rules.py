@@ -42,6 +42,7 @@ RULES = {
     "trial.predict": 1,
     "trial.not_deterministic": 1,
     "trial.no_example": 1,
+    "trial.rows_depend": 1,
     "trial.golden_size": 1,
 }
 

@@ -13,7 +13,8 @@ import numpy as np
 import orjson
 
 from libs.errors import DeadlineExceededError, MillraceError, TransientError
-from libs.inference import v1, v2
+from libs.inference import examples, v1, v2
+from libs.inference.batches import is_batchable
 from libs.inference.client import RunnerClient
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerStartError
 from libs.inference.requests import InferRequest, InferResponse
@@ -23,6 +24,7 @@ from libs.runner.wire import NUMPY_DTYPES, Arrays
 from schemas.inference import Signature, TensorSpec
 from schemas.registry import MAX_EXAMPLE_BYTES, ArtifactFormat
 from schemas.validation import Finding, Measurements
+from services.validator import independence
 from services.validator.rules import rejection, rejections, warning
 
 
@@ -66,12 +68,13 @@ class TrialLimits:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One version to try: the interpreter of its environment, its file, and the example its uploader gave."""
+    """One version to try: the interpreter of its environment, its file, and what its uploader said of it."""
 
     python: Path
     artifact: Path
     format: ArtifactFormat
     example: Mapping[str, Any] | None = None
+    forbid_batching: bool = False
     limits: TrialLimits = field(default_factory=TrialLimits)
 
 
@@ -193,6 +196,11 @@ async def _predict(runner: RunnerProcess, client: RunnerClient, trial: Trial, ve
         return _with(verdict, await _predict_finding(error, runner, trial.limits))
     if not steady:
         verdict = _with(verdict, warning("trial.not_deterministic", "the model answered the same example differently when asked again"))
+    rows = independence.first_rows(request.inputs) or independence.varied(request.inputs)
+    try:
+        verdict = await _judge_rows(client, trial, verdict, [rows] if rows else [])
+    except MillraceError as error:
+        return _with(verdict, await _predict_finding(error, runner, trial.limits))
     verdict = replace(verdict, measurements=await _measurements(client, load_s, latencies))
     return _with_golden(verdict, trial.example or {}, request, answer)
 
@@ -205,6 +213,7 @@ async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: T
     try:
         answer = await _ask(client, request.inputs, None, trial.limits)
         latencies, _ = await _measure(client, request, answer, trial.limits)
+        verdict = await _judge_rows(client, trial, verdict, [])
     except (InvalidInputError, ModelError) as error:
         text = f"there is no example, and the model refused a made-up row: {error.message}"
         verdict = _with(verdict, warning("trial.no_example", text))
@@ -213,17 +222,36 @@ async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: T
     return replace(verdict, measurements=await _measurements(client, load_s, latencies))
 
 
+async def _judge_rows(client: RunnerClient, trial: Trial, verdict: Validation, sets: list[Arrays]) -> Validation:
+    """Find out whether rows are independent, by these sets of rows and by made-up ones; the signature says it.
+
+    Raises
+    ------
+    MillraceError
+        The model neither answered nor refused: it hung, or its runner is gone.
+    """
+    signature = verdict.signature
+    assert signature is not None  # noqa: S101 (set by the caller; for the type checker)
+    if not is_batchable(signature) or trial.forbid_batching:
+        return replace(verdict, signature=signature.model_copy(update={"batchable": False}))
+    outputs = tuple(spec.name for spec in signature.outputs)
+
+    async def ask(inputs: Arrays) -> Arrays:
+        return (await _ask(client, inputs, outputs, trial.limits)).outputs
+
+    reason = await independence.judge(ask, [*sets, independence.made_up_rows(signature)])
+    if reason is None:
+        return verdict
+    finding = warning("trial.rows_depend", f"rows are not independent, so requests are never joined or cut: {reason}")
+    return replace(_with(verdict, finding), signature=signature.model_copy(update={"batchable": False}))
+
+
 def _with(verdict: Validation, finding: Finding) -> Validation:
     return replace(verdict, findings=(*verdict.findings, finding))
 
 
 def _read_example(example: Mapping[str, Any] | None, signature: Signature) -> InferRequest | None:
-    if example is None:
-        return None
-    inputs = example.get("inputs")
-    if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) and "datatype" in inputs[0]:
-        return v2.from_document(example, signature)
-    return v1.from_document(example, signature)
+    return None if example is None else examples.read(example, signature)
 
 
 def made_up_inputs(signature: Signature) -> Arrays:
@@ -301,10 +329,10 @@ async def _predict_finding(error: MillraceError, runner: RunnerProcess, limits: 
 
 def _with_golden(verdict: Validation, example: Mapping[str, Any], request: InferRequest, answer: InferResponse) -> Validation:
     """Keep the example and its answer, if they are small enough to travel in an event."""
-    if "instances" in example or (request.id is None and not isinstance(example.get("inputs"), list)):
-        body = v1.render(answer)
-    else:
+    if examples.is_v2(example):
         body, _ = v2.render(answer, replace(request, binary_data_output=False, binary_data={}), "", "")
+    else:
+        body = v1.render(answer)
     if len(body) > MAX_EXAMPLE_BYTES:
         text = f"the answer to the example has {len(body)} bytes and is not kept; {MAX_EXAMPLE_BYTES} are the limit"
         return _with(verdict, warning("trial.golden_size", text))

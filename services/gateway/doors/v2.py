@@ -12,6 +12,7 @@ from importlib import metadata
 
 from libs.errors import ConflictError, InvalidArgumentError, NotReadyError
 from libs.inference import v2
+from libs.inference.batches import is_batchable
 from libs.inference.bodies import parse_object
 from libs.inference.requests import InferRequest
 from schemas.inference import Signature, TensorSpec
@@ -34,9 +35,9 @@ def reads(max_bytes: int) -> Mapping[tuple[str, str], Read]:
     return {("POST", "/v2/models/{model}/infer"): read, ("POST", "/v2/models/{model}/versions/{version}/infer"): read}
 
 
-def handlers(catalog: Catalog, health: Health) -> Mapping[tuple[str, str], Handler]:
-    """The routes that tell what there is."""
-    doors = _Told(catalog, health)
+def handlers(catalog: Catalog, health: Health, batch_rows: int) -> Mapping[tuple[str, str], Handler]:
+    """The routes that tell what there is; ``batch_rows`` are the most rows of a batch."""
+    doors = _Told(catalog, health, batch_rows)
     return {
         ("GET", "/healthz"): doors.healthz,
         ("GET", "/v2"): doors.server,
@@ -88,7 +89,8 @@ def _head_length(incoming: Incoming) -> int | None:
 class _Told:
     """Answers the questions around inference."""
 
-    def __init__(self, catalog: Catalog, health: Health) -> None:
+    def __init__(self, catalog: Catalog, health: Health, batch_rows: int) -> None:
+        self._batch_rows = batch_rows
         self._catalog = catalog
         self._health = health
         self._version = metadata.version("millrace")
@@ -142,17 +144,21 @@ class _Told:
         return json_answer({"name": target.endpoint_name, "ready": True})
 
     async def config(self, incoming: Incoming) -> Outgoing:
-        """The same as the metadata in the words of Triton's model configuration; batching is ours, so ``max_batch_size`` is 0."""
+        """The same as the metadata in the words of Triton's model configuration.
+
+        ``max_batch_size`` is 0 where requests are never joined. Where they are, ``dims`` are those of a row, as Triton has it.
+        """
         target = target_of(incoming)
         shown = self._shown(target)
+        is_batched = is_batchable(shown.signature)
         return json_answer(
             {
                 "name": target.endpoint_name,
                 "platform": shown.format.value,
                 "backend": shown.format.value,
-                "max_batch_size": 0,
-                "input": [_configured(spec) for spec in shown.signature.inputs],
-                "output": [_configured(spec) for spec in shown.signature.outputs],
+                "max_batch_size": self._batch_rows if is_batched else 0,
+                "input": [_configured(spec, is_batched) for spec in shown.signature.inputs],
+                "output": [_configured(spec, is_batched) for spec in shown.signature.outputs],
             }
         )
 
@@ -201,9 +207,9 @@ def _tensor(spec: TensorSpec) -> dict[str, object]:
     return {"name": spec.name, "datatype": spec.datatype.value, "shape": list(spec.shape)}
 
 
-def _configured(spec: TensorSpec) -> dict[str, object]:
+def _configured(spec: TensorSpec, is_batched: bool) -> dict[str, object]:
     datatype = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype.value}"
-    return {"name": spec.name, "data_type": datatype, "dims": list(spec.shape)}
+    return {"name": spec.name, "data_type": datatype, "dims": list(spec.shape[1:] if is_batched else spec.shape) or [1]}
 
 
 def _entry(deployment: DeploymentSnapshot) -> dict[str, str]:

@@ -124,8 +124,8 @@ async def test_server_and_model_tell_about_themselves(world):
     assert (await get("/v2/models")).json() == {"models": ["cancer"]}
     for path in ("/v2/models/cancer/config", "/v2/models/cancer/versions/1/config"):
         config = (await get(path)).json()
-        assert config["input"] == [{"name": "input", "data_type": "TYPE_FP64", "dims": [-1, 2]}]
-        assert config["max_batch_size"] == 0
+        assert config["input"] == [{"name": "input", "data_type": "TYPE_FP64", "dims": [2]}]
+        assert config["max_batch_size"] == 16_384
     for path in ("/v2/models/nowhere", "/v2/models/cancer/versions/9", "/v2/models/nowhere/config"):
         assert (await get(path)).status_code == 404
 
