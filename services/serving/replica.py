@@ -1,8 +1,8 @@
 """The Serve deployment class: one replica supervises one runner. Nothing of a model is imported or unpickled here."""
 
 import asyncio
-from pathlib import Path
 
+from libs.artifacts.cache import ArtifactCache
 from libs.artifacts.factory import from_settings
 from libs.environments import EnvironmentCache
 from libs.inference.client import RunnerClient
@@ -12,7 +12,7 @@ from libs.runner.cage import REQUIRED_LAYERS, CageSpec
 from libs.settings import ArtifactSettings
 from services.serving import adapters
 from services.serving.keeper import Announcement, RunnerKeeper
-from services.serving.spec import Places, ReplicaSpec
+from services.serving.spec import ReplicaSpec
 
 PING_TIMEOUT_S = 5.0
 DRAIN_S = 5.0
@@ -56,6 +56,8 @@ class ModelReplica:
         self._spec = ReplicaSpec.model_validate_json(spec)
         self._replica_id = adapters.own_replica_id()
         self._directory = adapters.replica_directory(self._replica_id)
+        places = self._spec.places
+        self._artifacts = ArtifactCache(places.artifact_cache_dir, from_settings(ArtifactSettings(url=places.artifacts_url)))
         self._keeper = RunnerKeeper(self._start_runner, self._announce, predict_timeout_s=self._spec.limits.predict_timeout_s)
         try:
             self._runner_spec = await self._prepare()
@@ -75,7 +77,7 @@ class ModelReplica:
     async def _prepare(self) -> RunnerSpec:
         spec, places = self._spec, self._spec.places
         python, artifact = await asyncio.gather(
-            EnvironmentCache(places.environments_dir).ensure(spec.environment), _fetch(spec.artifact_sha256, places)
+            EnvironmentCache(places.environments_dir).ensure(spec.environment), self._artifacts.ensure(spec.artifact_sha256)
         )
         key = await asyncio.to_thread(places.runner_key_file.read_bytes)
         scratch = self._directory / "scratch"
@@ -96,16 +98,8 @@ class ModelReplica:
         )
 
     async def _start_runner(self) -> ModelRunner:
+        await self._artifacts.ensure(self._spec.artifact_sha256)  # a copy may have been damaged since the last start
         return ModelRunner(await RunnerProcess.start(self._runner_spec))
 
     async def _announce(self, announcement: Announcement) -> None:
         await asyncio.to_thread(adapters.announce, self._spec.deployment_id, self._replica_id, announcement)
-
-
-async def _fetch(sha256: str, places: Places) -> Path:
-    """The artifact as a file; a file of that name in the cache was complete and right when it appeared there."""
-    path = places.artifact_cache_dir / sha256
-    if not await asyncio.to_thread(path.exists):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        await from_settings(ArtifactSettings(url=places.artifacts_url)).fetch_to(sha256, path)
-    return path
