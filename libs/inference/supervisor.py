@@ -18,7 +18,7 @@ from libs.errors import ConfigurationError
 from libs.inference.client import RunnerClient
 from libs.inference.errors import RunnerStartError, printable
 from libs.runner.cage import CageSpec
-from schemas.inference import Signature
+from schemas.inference import DeclaredSignature, Signature
 
 RUNNER_DIRECTORY = Path(__file__).resolve().parents[1] / "runner"
 MAX_SOCKET_PATH_BYTES = 100
@@ -58,6 +58,8 @@ class RunnerSpec:
         Longest time from the start of the process to the loaded model, in seconds.
     predict_timeout_s
         A model that is busy with one request for longer hangs, and the runner ends itself; None: it never does.
+    signature
+        What is known of the signature: declared by the uploader, or found in the trial; None: nothing.
     """
 
     python: Path
@@ -72,6 +74,7 @@ class RunnerSpec:
     threads: int = 1
     start_timeout_s: float = 60.0
     predict_timeout_s: float | None = None
+    signature: Signature | DeclaredSignature | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +272,8 @@ def _spawn(spec: RunnerSpec, listener: socket.socket, ready_sender: int) -> subp
         )
     assert process.stdin is not None  # noqa: S101 (asked for above; for the type checker)
     with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps({"token": spec.token}).encode() + b"\n")
+        signature = None if spec.signature is None else spec.signature.model_dump(mode="json")
+        process.stdin.write(json.dumps({"token": spec.token, "signature": signature}).encode() + b"\n")
         process.stdin.flush()
     return process
 

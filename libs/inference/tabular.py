@@ -44,6 +44,8 @@ _EXACT_FLOAT_INTEGER = 2**53
 _NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,40}\s*")
 _BOOLEANS = {"true": 1, "false": 0, "1": 1, "0": 0}
+_WORDS = {"true": 1.0, "false": 0.0, "": math.nan}
+"""Cells of a column of floats that are no numbers: booleans as pandas writes them, and missing values."""
 
 _FORMS = ("instances", "inputs", "dataframe_split", "dataframe_records")
 
@@ -344,6 +346,8 @@ def _arrays(table: _Table, signature: Signature, cells: _Cells) -> Arrays:
     """The model's inputs, by the names of columns or by their order."""
     specs = signature.inputs
     names = [spec.name for spec in specs]
+    if signature.ignored_columns and table.names is not None:
+        table = _without(table, set(signature.ignored_columns))
     if len(specs) > 1:
         order = _order(table, names)
         return {spec.name: _shaped(cells.column(table, column, spec), spec) for spec, column in zip(specs, order, strict=True)}
@@ -354,6 +358,13 @@ def _arrays(table: _Table, signature: Signature, cells: _Cells) -> Arrays:
         raise InvalidInputError(f"input '{spec.name}' has the shape {list(spec.shape)}: it takes a table of one column, not {table.width}")
     order = list(range(table.width)) if signature.feature_names is None else _order(table, signature.feature_names)
     return {spec.name: check_shape(cells.matrix(table, order, spec), spec)}
+
+
+def _without(table: _Table, names: set[str]) -> _Table:
+    """The table without these columns."""
+    assert table.names is not None  # noqa: S101 (checked by the caller; for the type checker)
+    kept = [place for place, name in enumerate(table.names) if name not in names]
+    return _Table([table.names[place] for place in kept], [[row[place] for place in kept] for row in table.rows])
 
 
 def _order(table: _Table, wanted: Sequence[str]) -> list[int]:
@@ -459,14 +470,14 @@ def _filled(cells: Sequence[Any]) -> Sequence[Any]:
 def _float(cell: str) -> float | None:
     if _NUMBER.fullmatch(cell):
         return float(cell)
-    return None if cell.strip() else math.nan
+    return _WORDS.get(cell.strip().lower())
 
 
 def _integer(cell: str) -> int | None:
     if _INTEGER.fullmatch(cell):
         return int(cell)
     if not _NUMBER.fullmatch(cell):
-        return None
+        return {"true": 1, "false": 0}.get(cell.strip().lower())
     number = float(cell)
     return int(number) if abs(number) < _EXACT_FLOAT_INTEGER and number.is_integer() else None
 

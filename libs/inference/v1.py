@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
+from libs.inference.columns import assembled
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
@@ -127,6 +128,9 @@ def _from_objects(instances: list[Any], signature: Signature) -> dict[str, Array
         raise InvalidInputError(f"instances[0] is an object, so instances[{index}] must be one too; it is {show(row)}")
     spec = signature.inputs[0]
     inputs = [each.name for each in signature.inputs]
+    if signature.ignored_columns:
+        ignored = set(signature.ignored_columns)
+        instances = [{name: value for name, value in row.items() if name not in ignored} for row in instances]
     if signature.feature_names is not None and len(inputs) == 1 and not instances[0].keys() <= {spec.name}:
         return {spec.name: _rows(list(map(list, _members(instances, signature.feature_names))), spec, "instances")}
     columns = zip(*_members(instances, inputs), strict=True)
@@ -162,6 +166,8 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
         if len(signature.inputs) > 1:
             raise InvalidInputError(f"'inputs' must be an object with {_names(signature)}")
         columns = {signature.inputs[0].name: columns}
+    if signature.ignored_columns:
+        columns = {name: values for name, values in columns.items() if name not in signature.ignored_columns}
     known = {spec.name for spec in signature.inputs}
     unknown = columns.keys() - known
     if unknown and signature.feature_names is not None and len(known) == 1:
@@ -175,7 +181,7 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
         if not isinstance(columns[spec.name], list):
             raise InvalidInputError(f"input '{spec.name}' must be a list, got {show(columns[spec.name])}")
         arrays[spec.name] = _rows(columns[spec.name], spec, spec.name)
-    return arrays
+    return assembled(arrays, signature)
 
 
 def _from_features(columns: dict[str, Any], names: tuple[str, ...], spec: TensorSpec) -> dict[str, Array]:

@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
+from libs.inference.columns import assembled, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import (
@@ -111,7 +112,7 @@ def _read_outputs(outputs: Any, signature: Signature) -> tuple[tuple[str, ...] |
 def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> dict[str, Array]:
     if not isinstance(inputs, list) or not inputs:
         raise InvalidInputError("'inputs' must be a non-empty list")
-    specs = {spec.name: spec for spec in signature.inputs}
+    specs = specs_for([item["name"] for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)], signature)
     rest = tail if tail is not None else memoryview(b"")
     arrays: dict[str, Array] = {}
     for item in inputs:
@@ -120,7 +121,10 @@ def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> 
             raise InvalidInputError("each of 'inputs' must be an object with a name")
         spec = specs.get(name)
         if spec is None:
-            raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
+            if name not in signature.ignored_columns:
+                raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
+            rest = _passed_over(item, rest)
+            continue
         if name in arrays:
             raise InvalidInputError(f"input '{name}' is given twice")
         arrays[name], rest = _read_input(item, spec, rest)
@@ -128,7 +132,15 @@ def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> 
         raise InvalidInputError(f"input '{next(name for name in specs if name not in arrays)}' is missing")
     if rest:
         raise InvalidInputError(f"{len(rest)} bytes follow the last binary tensor")
-    return arrays
+    return assembled(arrays, signature)
+
+
+def _passed_over(item: dict[str, Any], rest: memoryview) -> memoryview:
+    """The bytes behind those of a column that the model does not use."""
+    size = object_or_empty(item.get("parameters"), "parameters").get("binary_data_size", 0)
+    if type(size) is not int or not 0 <= size <= len(rest):
+        raise InvalidInputError(f"input '{item['name']}' announces {show(size)} bytes; {len(rest)} are left after the JSON head")
+    return rest[size:]
 
 
 def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tuple[Array, memoryview]:
@@ -150,13 +162,15 @@ def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tup
         raise InvalidInputError(f"{what} has both 'data' and a binary_data_size")
     else:
         array, rest = tensor_from_bytes(datatype, shape, rest[:size], what), rest[size:]
+    if array.ndim == 2 and len(spec.shape) == 1:
+        array = array.reshape(-1)
     if datatype != spec.datatype:
         array = converted(array, datatype, spec, what)
     return array, rest
 
 
 def read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
-    """The shape that an input announces, which must be one of the signature's."""
+    """The shape that an input announces, which must be one of the signature's; ``[n, 1]`` does for ``[n]``."""
     if type(shape) is not list:
         raise InvalidInputError(f"{what} needs a shape of non-negative integers")
     if len(shape) <= MAX_DIMENSIONS:
@@ -164,7 +178,7 @@ def read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
             if type(size) is not int or not 0 <= size < _BEYOND_ANY_SIZE:
                 raise InvalidInputError(f"{what} needs a shape of non-negative integers")
     given = tuple(shape)
-    if not has_shape(given, spec.shape):
+    if not has_shape(given, spec.shape) and not (len(given) == 2 and given[1] == 1 and spec.shape == (-1,)):
         raise InvalidInputError(f"{what} expects shape {list(spec.shape)}, got {show_shape(shape)}")
     if 0 in given:
         raise InvalidInputError(f"{what} is empty: its shape is {show_shape(shape)}")

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from libs.inference import v2
 from libs.inference.bodies import requested_outputs
+from libs.inference.columns import assembled, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from libs.inference.requests import InferRequest, InferResponse
@@ -150,12 +151,14 @@ def _read_inputs(message: ModelInferRequest, signature: Signature, raw: Sequence
         raise InvalidInputError("the request has no inputs")
     if raw and len(raw) != len(tensors):
         raise InvalidInputError(f"the request has {len(tensors)} inputs and {len(raw)} raw_input_contents; it needs one for each, or none")
-    specs = {spec.name: spec for spec in signature.inputs}
+    specs = specs_for([tensor.name for tensor in tensors], signature)
     arrays: dict[str, Array] = {}
     for place, tensor in enumerate(tensors):
         name = tensor.name
         spec = specs.get(name)
         if spec is None:
+            if name in signature.ignored_columns:
+                continue
             raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
         if name in arrays:
             raise InvalidInputError(f"input '{name}' is given twice")
@@ -163,7 +166,7 @@ def _read_inputs(message: ModelInferRequest, signature: Signature, raw: Sequence
     for name in specs:
         if name not in arrays:
             raise InvalidInputError(f"input '{name}' is missing")
-    return arrays
+    return assembled(arrays, signature)
 
 
 def _read_input(tensor: Tensor, spec: TensorSpec, raw: bytes | None) -> Array:
@@ -180,6 +183,8 @@ def _read_input(tensor: Tensor, spec: TensorSpec, raw: bytes | None) -> Array:
         raise InvalidInputError(f"{what} has contents although the request has raw_input_contents")
     else:
         array = v2.tensor_from_bytes(datatype, shape, memoryview(raw), what)
+    if array.ndim == 2 and len(spec.shape) == 1:
+        array = array.reshape(-1)
     return array if datatype == wanted else v2.converted(array, datatype, spec, what)
 
 

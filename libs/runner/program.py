@@ -1,8 +1,8 @@
 """From the command line to the serving loop: cage first, then the environment, the libraries and the artifact.
 
 What the supervisor hands over: a listening socket (``--fd``), a pipe for the one line that says how the start went
-(``--ready-fd``), and a pipe as standard input, whose first line is ``{"token": "…"}`` and whose end is ours.
-Standard output and error are the model's log.
+(``--ready-fd``), and a pipe as standard input, whose first line is ``{"token": "…", "signature": …}`` and whose end is ours; the signature
+is null while nothing is known of it. Standard output and error are the model's log.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_WARNINGS = 20
 def main(arguments: Sequence[str]) -> int:
     """Run one runner until it is told to stop; the value is the exit status."""
     options = _parse(arguments)
-    token, lifeline = _take_token()
+    token, declared, lifeline = _take_token()
     ready = os.fdopen(options.ready_fd, "w", encoding="utf-8")
     try:
         report = cage.apply(
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     # Only now: a thread that runs already would stay outside of the cage.
     threading.Thread(target=_exit_with_supervisor, args=(lifeline,), name="lifeline", daemon=True).start()
     _enter_environment(options.python)
-    return _serve(options, token, ready, report)
+    return _serve(options, token, declared, ready, report)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -78,8 +78,8 @@ def _enter_environment(python: str) -> None:
     site.main()
 
 
-def _take_token() -> tuple[str, int]:
-    """Read the token, and put the pipe where the model's code does not read it by mistake."""
+def _take_token() -> tuple[str, dict[str, Any], int]:
+    """Read the token and the declared signature, and put the pipe where the model's code does not read it by mistake."""
     lifeline = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -90,7 +90,8 @@ def _take_token() -> tuple[str, int]:
         if not byte:
             sys.exit(2)
         line += byte
-    return str(json.loads(line)["token"]), lifeline
+    message = json.loads(line)
+    return str(message["token"]), message.get("signature") or {}, lifeline
 
 
 def _exit_with_supervisor(lifeline: int) -> None:
@@ -113,7 +114,7 @@ def _leave() -> NoReturn:
     os._exit(0)
 
 
-def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.CageReport) -> int:
+def _serve(options: argparse.Namespace, token: str, declared: dict[str, Any], ready: Any, report: cage.CageReport) -> int:
     # NumPy and the model's libraries are imported inside the cage.
     from .formats import open_model
     from .server import Server
@@ -123,7 +124,7 @@ def _serve(options: argparse.Namespace, token: str, ready: Any, report: cage.Cag
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             _expect_plain_arrays()
-            model = open_model(options.format, options.artifact)
+            model = open_model(options.format, options.artifact, declared)
             signature = _describe(model, cage.CageSpec.from_json(options.cage).probe_s, ready, report)
     except LoadError as error:
         traceback.print_exc()

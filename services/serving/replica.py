@@ -95,6 +95,7 @@ class ModelReplica:
             threads=spec.limits.threads,
             start_timeout_s=spec.limits.start_timeout_s,
             predict_timeout_s=spec.limits.predict_timeout_s,
+            signature=spec.signature,
         )
 
     async def _start_runner(self) -> ModelRunner:

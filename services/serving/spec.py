@@ -8,6 +8,7 @@ from pydantic import Field
 
 from schemas.base import Contract, Sha256
 from schemas.environment import EnvironmentLock
+from schemas.inference import Signature
 from schemas.registry import ArtifactFormat, DeploymentSnapshot
 
 
@@ -44,6 +45,7 @@ class ReplicaSpec(Contract):
     artifact_sha256: Sha256
     format: ArtifactFormat
     environment: EnvironmentLock
+    signature: Signature
     places: Places
     limits: Limits = Limits()
 
@@ -62,6 +64,7 @@ def replica_spec(snapshot: DeploymentSnapshot, places: Places, limits: Limits) -
         artifact_sha256=snapshot.artifact.sha256,
         format=snapshot.format,
         environment=snapshot.environment,
+        signature=snapshot.signature,
         places=places,
         limits=limits,
     )

@@ -119,7 +119,7 @@ class Handlers:
     async def _try(self, path: Path, known: VersionSnapshot, version: VersionBuilt) -> Validation:
         python = await self._tools.environments.ensure(version.environment)
         spec = known.spec
-        trial = Trial(python, path, await self._format(path, known), spec.example, spec.forbid_batching, self._tools.limits)
+        trial = Trial(python, path, await self._format(path, known), spec.example, spec.signature, spec.forbid_batching, self._tools.limits)
         return await self._tools.attempt(trial, self._tools.workplace.path)
 
     async def _format(self, path: Path, known: VersionSnapshot) -> ArtifactFormat:

@@ -67,6 +67,8 @@ class PickleFacts:
         Versions of scikit-learn that its estimators say they were saved with.
     has_feature_names
         An estimator was fitted on named columns.
+    sets_output
+        An estimator says in which form its transformers answer (``set_output``).
     uses_joblib
         Arrays are stored the way joblib does.
     has_trailing_bytes
@@ -79,6 +81,7 @@ class PickleFacts:
     persistent_ids: list[int] = field(default_factory=list)
     sklearn_versions: set[str] = field(default_factory=set)
     has_feature_names: bool = False
+    sets_output: bool = False
     uses_joblib: bool = False
     has_trailing_bytes: bool = False
 
@@ -273,6 +276,8 @@ class _Machine:
                 self._facts.sklearn_versions.add(value)
             elif key == "feature_names_in_":
                 self._facts.has_feature_names = True
+            elif key == "_sklearn_output_config":
+                self._facts.sets_output = True
             if isinstance(target, dict) and isinstance(key, str) and len(target) < _KEPT_ITEMS:
                 target[key] = value
 

@@ -75,6 +75,9 @@ BRINGS = {
 }
 """Package -> the packages among ours that come with it."""
 
+_SELECTING = ("ColumnTransformer", "OneHotEncoder", "OrdinalEncoder", "TargetEncoder")
+"""Fitted on named columns, these are given a DataFrame: they select by name, or see text."""
+
 _NUMPY_2_SINCE_SCIKIT_LEARN = Version("1.4.2")
 """Earlier wheels were compiled against NumPy 1 and crash under 2."""
 
@@ -99,7 +102,7 @@ def infer_for_pickle(facts: PickleFacts) -> NeededPackages:
     packages = {PACKAGES[root] for root in facts.roots if root in PACKAGES}
     if facts.uses_joblib:
         packages.add("joblib")
-    if facts.has_feature_names and _selects_columns(facts):
+    if facts.sets_output or (facts.has_feature_names and _selects_columns(facts)):
         packages.add("pandas")
     version, findings = _sklearn_version(facts)
     lines = {package: package for package in packages - set(_brought(packages))} | {"numpy": _numpy(facts, version)}
@@ -163,7 +166,7 @@ def _brought(packages: Iterable[str]) -> Iterable[str]:
 
 
 def _selects_columns(facts: PickleFacts) -> bool:
-    return any(name.name == "ColumnTransformer" and name.module.startswith("sklearn.") for name in facts.globals)
+    return any(name.name in _SELECTING and name.module.startswith("sklearn.") for name in facts.globals)
 
 
 def _sklearn_version(facts: PickleFacts) -> tuple[Version | None, tuple[Finding, ...]]:

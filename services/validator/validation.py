@@ -21,7 +21,7 @@ from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.supervisor import RunnerProcess, RunnerSpec
 from libs.runner.cage import REQUIRED_LAYERS, CageSpec
 from libs.runner.wire import NUMPY_DTYPES, Arrays
-from schemas.inference import Signature, TensorSpec
+from schemas.inference import DeclaredSignature, Signature, TensorSpec
 from schemas.registry import MAX_EXAMPLE_BYTES, ArtifactFormat
 from schemas.validation import Finding, Measurements
 from services.validator import independence
@@ -74,6 +74,7 @@ class Trial:
     artifact: Path
     format: ArtifactFormat
     example: Mapping[str, Any] | None = None
+    signature: DeclaredSignature | None = None
     forbid_batching: bool = False
     limits: TrialLimits = field(default_factory=TrialLimits)
 
@@ -146,6 +147,7 @@ def _runner_spec(trial: Trial, folder: Path) -> RunnerSpec:
         log=folder / "log",
         cage=trial.limits.cage,
         start_timeout_s=trial.limits.load_s,
+        signature=trial.signature,
     )
 
 

@@ -37,7 +37,9 @@ class Case:
 
     def expected(self) -> list[Any]:
         """The local answer."""
-        table = self.rows.to_dict("records") if self.as_dicts else self.rows
+        table: Any = self.rows.to_dict("records") if self.as_dicts else self.rows
+        if not self.as_dicts and not hasattr(self.model, "feature_names_in_"):
+            table = self.rows.to_numpy()
         return list(np.asarray(self.model.predict(table)).tolist())
 
 

@@ -1,14 +1,15 @@
 """One adapter per model format: load a file, describe its tensors, answer named arrays with named arrays.
 
 Signature as a dictionary: ``{"inputs": [{"name", "datatype", "shape"}], "outputs": […], "feature_names": [str] | None}``; a
-dimension of any size is -1. The first output is what a request gets that names none.
+dimension of any size is -1. The first output is what a request gets that names none. An input with a ``dtype`` is a column of a table;
+``ignored_columns`` are those that the model does not use.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import LoadError, describe_exception
@@ -35,8 +36,10 @@ class Model(Protocol):
         ...
 
 
-def open_model(name: str, path: str) -> Model:
+def open_model(name: str, path: str, declared: Mapping[str, Any] | None = None) -> Model:
     """Load the artifact with the adapter of its format.
+
+    ``declared`` is what is known of the signature: as the uploader declares it, or as it was found in the trial.
 
     Raises
     ------
@@ -47,7 +50,7 @@ def open_model(name: str, path: str) -> Model:
         raise LoadError("unknown_format", f"the runner knows the formats {', '.join(sorted(_ADAPTERS))}, not {name!r}")
     try:
         adapter = importlib.import_module(_ADAPTERS[name], __name__)
-        model: Model = adapter.load(path)
+        model: Model = adapter.load(path, declared or {})
     except LoadError:
         raise
     except BaseException as error:  # loading runs the artifact's code: it may raise anything, SystemExit too

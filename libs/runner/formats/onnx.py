@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ _NOISE = re.compile(
 _PROBABILITIES = ("seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))")
 
 
-def load(path: str) -> OnnxModel:
+def load(path: str, _declared: Mapping[str, Any]) -> OnnxModel:
     """Open the graph with as many threads as the supervisor says (``OMP_NUM_THREADS``), one by default."""
     options = onnxruntime.SessionOptions()
     threads = os.environ.get("OMP_NUM_THREADS", "1")

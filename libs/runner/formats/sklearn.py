@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import InvalidInputError, LoadError, first_sentence
 from ..wire import Arrays, WireError, datatype_of
+from .tables import Table, find_table
 
 INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
 _TEXT_MODULE = "sklearn.feature_extraction.text"
 _NOT_FITTED = "NotFittedError"
-_CHECKS_OF_INPUT = ("sklearn.utils.validation", "sklearn.utils._array_api")
+_CHECKS_OF_INPUT = ("sklearn.utils.validation", "sklearn.utils._array_api", "sklearn.preprocessing._encoders", "sklearn.utils._encode")
+_MADE_UP_ROWS = (5, 7)
+"""Two batches of made-up rows: an axis that has the size of both is the rows'."""
 
 
-def load(path: str) -> SklearnModel:
-    """Read the file; this runs its code."""
+def load(path: str, declared: Mapping[str, Any]) -> SklearnModel:
+    """Read the file; this runs its code. ``declared`` is the signature as far as it is known (see ``formats``)."""
     try:
         from joblib import load as load_file
     except ImportError:
@@ -28,7 +31,7 @@ def load(path: str) -> SklearnModel:
             estimator = pickle.load(file)  # noqa: S301 (this is the one place, inside the cage)
     else:
         estimator = load_file(path)
-    return SklearnModel(estimator)
+    return SklearnModel(estimator, declared)
 
 
 class SklearnModel:
@@ -38,9 +41,11 @@ class SklearnModel:
     ----------
     estimator
         Any object with ``predict``, or failing that ``transform``.
+    declared
+        What is known of the signature: ``inputs``, those with a ``dtype`` being columns.
     """
 
-    def __init__(self, estimator: Any) -> None:
+    def __init__(self, estimator: Any, declared: Mapping[str, Any] | None = None) -> None:
         self._estimator = estimator
         self._methods = [name for name in METHODS if _has(estimator, name)]
         if "predict" not in self._methods and _has(estimator, "transform"):
@@ -50,49 +55,90 @@ class SklearnModel:
         self._takes_text = _takes_text(estimator)
         self._feature_names = _feature_names(estimator)
         self._frame = _frame_maker(estimator, self._feature_names)
+        columns = [spec for spec in (declared or {}).get("inputs", ()) if spec.get("dtype")]
+        self._table: Table | None = None if self._takes_text else find_table(estimator, self._feature_names, columns)
+        self._sources: dict[str, tuple[str, int | None]] = {}
 
     def describe(self) -> dict[str, Any]:
         n_features = _n_features(self._estimator)
+        outputs = [spec for name in self._methods for spec in self._describe_outputs(name, n_features)]
+        if not outputs:
+            raise LoadError("not_a_model", f"{_type_name(self._estimator)} gives no answer that is an array")
+        if self._table is not None:
+            inputs = [column.describe() for column in self._table.columns]
+            return {"inputs": inputs, "outputs": outputs, "feature_names": None, "ignored_columns": self._table.ignored}
         if self._takes_text:
-            sample: Any = np.array(["a sample", "another"], dtype=object)
             input_spec = {"name": INPUT_NAME, "datatype": "BYTES", "shape": [-1]}
         else:
-            sample = np.zeros((2, max(n_features, 1)))
             input_spec = {"name": INPUT_NAME, "datatype": "FP64", "shape": [-1, n_features]}
-        outputs = [self._describe_output(name, sample) for name in self._methods]
-        answered = [spec for spec in outputs if spec is not None]
-        if not answered:
-            raise LoadError("not_a_model", f"{_type_name(self._estimator)} gives no answer that is an array")
-        return {"inputs": [input_spec], "outputs": answered, "feature_names": self._feature_names}
+        return {"inputs": [input_spec], "outputs": outputs, "feature_names": self._feature_names}
 
     def predict(self, inputs: Arrays, outputs: Sequence[str]) -> Arrays:
+        values = self._given(inputs)
+        answers: dict[str, Any] = {}
+        named: Arrays = {}
+        for name in outputs:
+            method, target = self._sources.get(name, (name, None))
+            if method not in answers:
+                answers[method] = self._call(method, values)
+            answer = answers[method]
+            named[name] = _as_array(answer) if target is None else _as_array(answer[target])
+        return named
+
+    def _given(self, inputs: Arrays) -> Any:
+        """What the estimator is given."""
+        if self._table is not None:
+            return self._table.frame(inputs)
         values = inputs[INPUT_NAME]
         if self._takes_text:
-            values = np.array([_text(element) for element in values.tolist()], dtype=object)
-        return {name: self._call(name, values) for name in outputs}
+            return np.array([_text(element) for element in values.tolist()], dtype=object)
+        return self._frame(values)
+
+    def _made_up(self, count: int, n_features: int) -> Any:
+        if self._table is not None:
+            return self._table.frame(self._table.made_up(count))
+        if self._takes_text:
+            return np.array([f"a sample {index}" for index in range(count)], dtype=object)
+        return self._frame(np.zeros((count, max(n_features, 1))))
 
     def _call(self, method: str, values: Any) -> Any:
+        """Return the method's answer: an array, or what becomes one; a list of arrays where there are several targets."""
         try:
-            answer = getattr(self._estimator, method)(self._frame(values))
+            return getattr(self._estimator, method)(values)
         except ValueError as error:
             if type(error).__name__ != _NOT_FITTED and _is_about_input(error):
                 raise InvalidInputError(first_sentence(error)) from error
             raise
-        return answer.toarray() if hasattr(answer, "toarray") else np.asarray(answer)
 
-    def _describe_output(self, method: str, sample: Any) -> dict[str, Any] | None:
-        """Ask the method for two made-up rows; a method that takes none of ours is described by what is known of it."""
+    def _describe_outputs(self, method: str, n_features: int) -> list[dict[str, Any]]:
+        """Ask the method for made-up rows; a method that takes none of ours is described by what is known of it."""
         try:
-            answer = self._call(method, sample)
-            if answer.ndim == 0 or answer.shape[0] != len(sample):
-                return None
-            return {"name": method, "datatype": datatype_of(answer.dtype), "shape": [-1, *answer.shape[1:]]}
-        except WireError:
-            return None
+            answers = [self._call(method, self._made_up(count, n_features)) for count in _MADE_UP_ROWS]
         except BaseException as error:  # the model's code may raise anything; what it says to real input is seen later
             if method == self._methods[0] and type(error).__name__ == _NOT_FITTED:
                 raise LoadError("not_a_model", f"the artifact holds {_type_name(self._estimator)}, which is not fitted") from error
-            return self._guess_output(method)
+            return [self._guess_output(method)]
+        if not _has_targets(answers[0]):
+            return self._described(method, answers)
+        described = []
+        for target in range(len(answers[0])):
+            name = f"{method}_{target}"
+            self._sources[name] = (method, target)
+            described += self._described(name, [answer[target] for answer in answers])
+        return described
+
+    def _described(self, name: str, answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """Describe an output by its answers to the two batches; none if its rows are not those of the batch."""
+        try:
+            arrays = [_as_array(answer) for answer in answers]
+            datatype = datatype_of(arrays[0].dtype)
+        except (WireError, ValueError) as error:
+            if name == self._methods[0]:
+                raise LoadError("not_a_model", f"the model's {name} gives what no datatype of the protocol holds: {error}") from error
+            return []
+        if any(array.ndim == 0 or len(array) != count for array, count in zip(arrays, _MADE_UP_ROWS)):
+            return []
+        return [{"name": name, "datatype": datatype, "shape": [-1, *arrays[0].shape[1:]]}]
 
     def _guess_output(self, method: str) -> dict[str, Any]:
         classes = getattr(self._estimator, "classes_", None)
@@ -155,6 +201,17 @@ def _frame_maker(estimator: Any, names: list[str] | None) -> Any:
     except ImportError:
         return _unchanged
     return lambda values: DataFrame(values, columns=names)
+
+
+def _has_targets(answer: Any) -> bool:
+    """Tell whether an answer is a list of arrays, one for each target, as ``predict_proba`` of several targets is."""
+    return isinstance(answer, list) and bool(answer) and all(isinstance(part, np.ndarray) and part.ndim > 0 for part in answer)
+
+
+def _as_array(answer: Any) -> Any:
+    """Return an answer as an array; dates, for which the protocol has no datatype, as ISO 8601 text."""
+    array = answer.toarray() if hasattr(answer, "toarray") else np.asarray(answer)
+    return np.datetime_as_string(array).astype(object) if array.dtype.kind == "M" else array
 
 
 def _unchanged(values: Any) -> Any:

@@ -83,7 +83,7 @@ def test_binary_strings_carry_their_lengths() -> None:
         (body([1, 2, 3], outputs=[{"name": "x"}]), "the model has no output 'x'; it has predict, predict_proba"),
         (body([1, 2, 3], id=5), "'id' must be a string"),
         (b'{"inputs": []}', "'inputs' must be a non-empty list"),
-        (b'{"inputs": [{"name": "y"}]}', "the model has no input 'y'; it has input"),
+        (b'{"inputs": [{"name": "y"}, {"name": "z"}]}', "the model has no input 'y'; it has input"),
         (b'{"instances": []}', "'inputs' must be a non-empty list"),
     ],
 )
@@ -213,3 +213,35 @@ def test_outputs_asked_for_as_binary_follow_the_head() -> None:
     assert label["data"] == [7, 8]
     assert scores["parameters"] == {"binary_data_size": 32}
     assert np.frombuffer(raw[head_length:]).tolist() == [0.5, 0.5, 0.25, 0.75]
+
+
+NAMED = signature().model_copy(update={"feature_names": ("a", "b", "c")})
+
+
+@pytest.mark.parametrize("shape", [[2], [2, 1]])
+@pytest.mark.parametrize("datatype", ["FP64", "INT32"])
+def test_a_matrix_may_come_column_by_column(shape: list[int], datatype: str) -> None:
+    tensors = [
+        {"name": name, "shape": shape, "datatype": datatype, "data": [start, start + 3]} for name, start in (("c", 3), ("a", 1), ("b", 2))
+    ]
+    request = v2.parse(json.dumps({"inputs": tensors}).encode(), NAMED)
+    assert request.inputs["input"].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_columns_that_are_missing_or_of_different_lengths_are_refused_by_name() -> None:
+    def column(name: str, *values: float) -> dict[str, object]:
+        return {"name": name, "shape": [len(values)], "datatype": "FP64", "data": list(values)}
+
+    for columns, message in (
+        ([column("a", 1), column("b", 1)], "input 'c' is missing"),
+        ([column("a", 1), column("b", 1), column("c", 1, 2)], "column 'c' has 2 values, column 'a' has 1"),
+        ([column("a", 1), column("b", 1), column("c", 1), column("d", 1)], "the model has no input 'd'; it has a, b, c"),
+    ):
+        with pytest.raises(InvalidInputError) as raised:
+            v2.parse(json.dumps({"inputs": columns}).encode(), NAMED)
+        assert raised.value.message == message
+
+
+def test_the_only_input_is_taken_under_any_name() -> None:
+    raw = body([1, 2, 3]).replace(b'"input"', b'"input-0"')
+    assert v2.parse(raw, signature()).inputs["input"].tolist() == [[1, 2, 3]]

@@ -136,7 +136,10 @@ TYPED = InferTensorContents(fp32_contents=[1, 2])
         ({"model_name": ""}, "the request has no model_name"),
         ({"inputs": []}, "the request has no inputs"),
         ({"inputs": [tensor()]}, "input 'x': fp32_contents has 0 elements, shape [1, 2] needs 2"),
-        ({"inputs": [tensor(name="q\n", contents=TYPED)]}, "the model has no input 'q\N{REPLACEMENT CHARACTER}'; it has x"),
+        (
+            {"inputs": [tensor(name="q\n", contents=TYPED), tensor(name="r", contents=TYPED)]},
+            "the model has no input 'q\N{REPLACEMENT CHARACTER}'; it has x",
+        ),
         ({"inputs": [tensor(contents=TYPED)] * 2}, "input 'x' is given twice"),
         ({"inputs": [tensor(datatype="FP8", contents=TYPED)]}, "input 'x' has datatype 'FP8', which is not one of BOOL"),
         ({"inputs": [tensor(datatype="BYTES", contents=TYPED)]}, "input 'x' expects FP32, got BYTES"),

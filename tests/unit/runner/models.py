@@ -53,14 +53,15 @@ def row_sums() -> Any:
 def model(expression: str) -> Any:
     """A model whose ``predict`` is the function that the expression gives; loading evaluates it.
 
-    A runner asks a fresh model for two rows of zeros: an expression that looks at ``len(X)`` can behave until a request comes.
+    A runner asks a fresh model for five and for seven rows of zeros: an expression that looks at ``len(X)`` can behave until a request
+    comes.
     """
     return SimpleNamespace(predict=Source(expression), n_features_in_=3)
 
 
 def on_request(expression: str) -> Any:
     """A model that behaves while it is loaded and evaluates the expression when one row is predicted."""
-    return model(f"lambda X: X.sum(1) if len(X) == 2 else ({expression})")
+    return model(f"lambda X: X.sum(1) if len(X) > 1 else ({expression})")
 
 
 def write(value: Any, path: Path) -> Path:

@@ -179,7 +179,7 @@ async def test_a_missing_module_is_named_in_the_evidence(tmp_path: Path) -> None
 async def test_a_model_that_answers_differently_each_time_is_warned_about(tmp_path: Path) -> None:
     verdict = await tried(on_request("X.sum(1) + __import__('time').time_ns()"), tmp_path)
     assert verdict.accepted
-    assert [finding.rule for finding in verdict.findings] == ["trial.not_deterministic"]
+    assert [finding.rule for finding in verdict.findings] == ["trial.not_deterministic", "trial.rows_depend"]
     assert verdict.findings[0].severity is Severity.WARN
 
 

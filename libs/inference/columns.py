@@ -1,0 +1,68 @@
+"""Named columns: which inputs the names of a request stand for.
+
+A model on a table has one input for each column. A model on numbers that was trained with names has one matrix, and takes its columns by
+name as well.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+
+import numpy as np
+
+from libs.inference.errors import InvalidInputError
+from libs.inference.tensors import Array
+from schemas.inference import Datatype, Signature, TensorSpec
+
+
+@lru_cache(maxsize=256)
+def _feature_specs(names: tuple[str, ...], datatype: Datatype) -> Mapping[str, TensorSpec]:
+    return {name: TensorSpec(name=name, datatype=datatype, shape=(-1,)) for name in names}
+
+
+def specs_for(names: Collection[str], signature: Signature) -> Mapping[str, TensorSpec]:
+    """The inputs that a request with these names gives, by name: the signature's own, the columns of its matrix, or its only input.
+
+    Examples
+    --------
+    >>> matrix = TensorSpec(name="input", datatype=Datatype.FP64, shape=(-1, 2))
+    >>> signature = Signature(inputs=(matrix,), outputs=(matrix,), feature_names=("a", "b"))
+    >>> list(specs_for(["b", "a"], signature)), specs_for(["input-0"], signature)["input-0"].name
+    (['a', 'b'], 'input')
+    """
+    specs = {spec.name: spec for spec in signature.inputs}
+    if len(specs) > 1 or specs.keys() >= set(names):
+        return specs
+    (spec,) = signature.inputs
+    features = signature.feature_names
+    if features is not None and len(spec.shape) == 2 and not set(features).isdisjoint(names):
+        return _feature_specs(features, spec.datatype)
+    return dict.fromkeys(names, spec) if len(names) == 1 else specs
+
+
+def assembled(arrays: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
+    """The signature's inputs, from arrays by the names of ``specs_for``, all of which are there.
+
+    Raises
+    ------
+    InvalidInputError
+        Columns differ in how many rows they have.
+    """
+    own = [spec.name for spec in signature.inputs]
+    if arrays.keys() == set(own):
+        if signature.is_table:
+            _check_rows(arrays)
+        return dict(arrays)
+    if len(arrays) == 1 and signature.feature_names is None:
+        return {own[0]: next(iter(arrays.values()))}
+    features = signature.feature_names or ()
+    if arrays.keys() != set(features):
+        return {own[0]: next(iter(arrays.values()))}
+    _check_rows(arrays)
+    return {own[0]: np.stack([arrays[name] for name in features], axis=1)}
+
+
+def _check_rows(arrays: Mapping[str, Array]) -> None:
+    first, *others = arrays.items()
+    for name, array in others:
+        if len(array) != len(first[1]):
+            raise InvalidInputError(f"column '{name}' has {len(array)} values, column '{first[0]}' has {len(first[1])}")

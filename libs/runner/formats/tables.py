@@ -1,0 +1,323 @@
+"""Which typed columns a fitted scikit-learn model takes, and the DataFrame that is made of them.
+
+What the model was fitted on is read from what its transformers remember: the categories of encoders, the statistics of imputers, the kind
+of the vectorizers. A model whose columns are all numbers has no table here; it takes one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidInputError, LoadError
+from ..wire import Arrays
+
+_TEXT_MODULE = "sklearn.feature_extraction.text"
+_INNER = ("best_estimator_", "regressor_", "classifier_", "estimator_")
+_WORDS = ("a sample", "another text", "some other words", "one more", "the last one")
+
+
+class Column:
+    """One column of the training table.
+
+    Attributes
+    ----------
+    datatype, dtype
+        Element type on the wire, and pandas dtype in the DataFrame.
+    categories
+        Of dtype ``category``, in order.
+    known
+        Values that the model has seen, for made-up rows.
+    missing
+        What stands for a missing text: NaN, or None where the model was fitted with that.
+    """
+
+    def __init__(self, name: str, datatype: str, dtype: str, known: Sequence[Any] = (), missing: Any = float("nan")) -> None:
+        self.name = name
+        self.datatype = datatype
+        self.dtype = dtype
+        self.known = list(known)
+        self.missing = missing
+        self.categories: list[Any] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as an input of the signature."""
+        spec: dict[str, Any] = {"name": self.name, "datatype": self.datatype, "shape": [-1], "dtype": self.dtype}
+        if self.categories is not None:
+            spec["categories"] = self.categories
+        return spec
+
+    def made_up(self, count: int) -> np.ndarray[Any, Any]:
+        """Return values that differ, as they come from the wire."""
+        if self.datatype == "BYTES":
+            words = self.known or (["2020-01-01", "2021-06-15"] if self.dtype.startswith("datetime64") else _WORDS)
+            return _objects([str(words[index % len(words)]).encode() for index in range(count)])
+        if self.datatype == "BOOL":
+            return np.array([index % 2 == 0 for index in range(count)])
+        if self.datatype == "INT64":
+            values = self.known or range(count)
+            return np.array([values[index % len(values)] for index in range(count)], dtype=np.int64)
+        if self.dtype == "boolean":
+            return (np.arange(count) % 2).astype(np.float64)
+        values = self.known or [0.5 + index for index in range(count)]
+        return np.array([values[index % len(values)] for index in range(count)], dtype=np.float64)
+
+    def series(self, values: np.ndarray[Any, Any]) -> Any:
+        """Return the column as pandas had it in training.
+
+        Raises
+        ------
+        InvalidInputError
+            A value that the dtype cannot hold.
+        """
+        import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+
+        if self.datatype == "BYTES":
+            texts = [self._text(value) for value in values.tolist()]
+            if self.dtype == "category":
+                return pd.Series(pd.Categorical(texts, categories=self.categories))
+            if self.dtype.startswith("datetime64"):
+                return self._dates(texts)
+            return pd.Series(texts, dtype="string") if self.dtype == "string" else pd.Series(texts)
+        if self.dtype == "category":
+            return pd.Series(pd.Categorical(values, categories=self.categories))
+        if self.dtype in ("boolean", "Int64"):
+            try:
+                return pd.Series(pd.array(values, dtype="Int64")).astype(self.dtype)
+            except (TypeError, ValueError) as error:
+                raise InvalidInputError(f"column '{self.name}' is {self.dtype}; a value in it is not") from error
+        return pd.Series(values, dtype=self.dtype if self.dtype == "float32" else None)
+
+    def _text(self, value: Any) -> Any:
+        if value is None:
+            return self.missing
+        if not isinstance(value, bytes):
+            return str(value)
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(f"column '{self.name}' has an element that is not UTF-8 text") from error
+
+    def _dates(self, texts: Sequence[Any]) -> Any:
+        import pandas as pd
+
+        try:
+            return pd.Series(pd.to_datetime(texts, format="ISO8601")).astype(self.dtype)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"column '{self.name}' takes dates in ISO 8601, such as 2026-11-30; one is not") from error
+
+
+class Table:
+    """The columns of a model that was trained on a table with text, categories or dates in it.
+
+    Parameters
+    ----------
+    ignored
+        Columns that the model does not use.
+    as_dicts
+        Whether the model takes a list of dictionaries instead of a DataFrame.
+    """
+
+    def __init__(self, columns: Sequence[Column], ignored: Sequence[str] = (), as_dicts: bool = False) -> None:
+        self.columns = list(columns)
+        self.ignored = list(ignored)
+        self._as_dicts = as_dicts
+
+    def made_up(self, count: int) -> Arrays:
+        """Return rows that differ from one another."""
+        return {column.name: column.made_up(count) for column in self.columns}
+
+    def frame(self, inputs: Arrays) -> Any:
+        """Return what the model takes, made of one array for each column."""
+        if len({len(inputs[column.name]) for column in self.columns}) > 1:
+            raise InvalidInputError("the columns differ in how many rows they have")
+        if self._as_dicts:
+            values = [_python_values(column, inputs[column.name]) for column in self.columns]
+            names = [column.name for column in self.columns]
+            return [{name: value for name, value in zip(names, row) if value == value and value is not None} for row in zip(*values)]
+        from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]
+
+        return DataFrame({column.name: column.series(inputs[column.name]) for column in self.columns})
+
+
+def _python_values(column: Column, values: np.ndarray[Any, Any]) -> list[Any]:
+    if column.datatype != "BYTES":
+        return list(values.tolist())
+    return [column._text(value) for value in values.tolist()]
+
+
+def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = ()) -> Table | None:
+    """Return the table that a fitted model takes; None when all of it is numbers, or columns have no names.
+
+    Parameters
+    ----------
+    names
+        The columns of training, in order (``feature_names_in_``).
+    declared
+        Inputs with a ``dtype``, as the uploader declares them; they outrank what the model remembers.
+
+    Raises
+    ------
+    LoadError
+        A column holds text and numbers, which no request can tell apart.
+    """
+    vectorizer = _dict_vectorizer(estimator)
+    if vectorizer is not None:
+        return Table(_dict_columns(vectorizer), as_dicts=True)
+    search = _Search()
+    if names is not None:
+        search.visit(estimator, list(names))
+    columns = {name: search.found.get(name) or Column(name, "FP64", "float64") for name in names or ()}
+    for spec in declared:
+        columns[str(spec["name"])] = _declared(spec, columns.get(str(spec["name"])))
+    ignored = [name for name in names or () if name in search.dropped and name not in search.used]
+    taken = [column for name, column in columns.items() if name not in ignored]
+    if not declared and all(column.datatype != "BYTES" for column in taken):
+        return None
+    return Table(taken, ignored) if taken else None
+
+
+def _declared(spec: Mapping[str, Any], found: Column | None) -> Column:
+    known = found.known if found is not None and found.datatype == spec["datatype"] else []
+    column = Column(str(spec["name"]), str(spec["datatype"]), str(spec["dtype"]), known)
+    if column.dtype == "category":
+        column.categories = list(spec.get("categories") or (found.categories if found else None) or known)
+        column.known = column.categories
+    return column
+
+
+class _Search:
+    """Walks a fitted model from its input on, with the names of the columns that each part sees."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Column] = {}
+        self.used: set[str] = set()
+        self.dropped: set[str] = set()
+
+    def visit(self, estimator: Any, names: list[str], depth: int = 0) -> None:
+        if depth > 8 or isinstance(estimator, str):
+            return
+        steps = getattr(estimator, "steps", None)
+        if isinstance(steps, list) and steps:
+            first = next((step for _, step in steps if step is not None and step != "passthrough"), None)
+            self.visit(first, names, depth + 1)
+            return
+        if hasattr(estimator, "transformers_"):
+            self._visit_parts(estimator, names, depth)
+            return
+        union = getattr(estimator, "transformer_list", None)
+        if isinstance(union, list):
+            for _, part in union:
+                self.visit(part, names, depth + 1)
+            return
+        inner = next((getattr(estimator, name) for name in _INNER if hasattr(estimator, name)), None)
+        if inner is not None:
+            self.visit(inner, names, depth + 1)
+            return
+        preprocessor = getattr(estimator, "_preprocessor", None)
+        if preprocessor is not None and hasattr(preprocessor, "transformers_"):
+            self._visit_parts(preprocessor, names, depth)
+            self._mark_categories(estimator, names)
+            return
+        self._read(estimator, names)
+
+    def _visit_parts(self, transformer: Any, names: list[str], depth: int) -> None:
+        for _, part, selected in transformer.transformers_:
+            columns = _selected(selected, names)
+            if isinstance(part, str) and part == "drop":
+                self.dropped.update(columns)
+                continue
+            self.used.update(columns)
+            self.visit(part, columns, depth + 1)
+
+    def _mark_categories(self, estimator: Any, names: list[str]) -> None:
+        flags = getattr(estimator, "is_categorical_", None)
+        for name, flag in zip(names, flags if flags is not None else ()):
+            column = self.found.get(name)
+            if flag and column is not None and column.datatype == "BYTES":
+                column.dtype, column.categories = "category", list(column.known)
+
+    def _read(self, estimator: Any, names: list[str]) -> None:
+        if any(kind.__module__ == _TEXT_MODULE for kind in type(estimator).__mro__):
+            for name in names:
+                self._add(Column(name, "BYTES", "object"))
+            return
+        for attribute in ("categories_", "statistics_"):
+            values = getattr(estimator, attribute, None)
+            if values is None or len(values) != len(names):
+                continue
+            for name, known in zip(names, values):
+                column = _column_of(name, np.atleast_1d(np.asarray(known)), is_imputer=attribute == "statistics_")
+                if column is not None:
+                    self._add(column)
+            return
+
+    def _add(self, column: Column) -> None:
+        before = self.found.get(column.name)
+        if before is None or (before.datatype != "BYTES" and column.datatype == "BYTES") or not before.known:
+            self.found[column.name] = column
+
+
+def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Column | None:
+    """Return the column whose distinct values an encoder, or whose fill value an imputer, remembers; None if they tell nothing."""
+    if values.dtype.kind == "M":
+        return Column(name, "BYTES", "datetime64[ns]", np.datetime_as_string(values[~np.isnat(values)]).tolist())
+    if values.dtype.kind in "iu":
+        return None if is_imputer else Column(name, "INT64", "int64", values.tolist())
+    if values.dtype.kind == "f":
+        return None if is_imputer else Column(name, "FP64", "float64", values[np.isfinite(values)].tolist())
+    there = [value for value in values.tolist() if value is not None and value == value]
+    if not there:
+        return None
+    missing: Any = None if any(value is None for value in values.tolist()) else float("nan")
+    if all(isinstance(value, str) for value in there):
+        return Column(name, "BYTES", "object", there, missing)
+    if all(isinstance(value, bool) for value in there):
+        return Column(name, "BOOL", "bool", there)
+    if all(isinstance(value, (int, float)) for value in there):
+        return None if is_imputer else Column(name, "FP64", "float64", there)
+    raise LoadError("not_a_model", f"column '{name}' of the model holds text and numbers, which a request cannot tell apart")
+
+
+def _selected(selected: Any, names: list[str]) -> list[str]:
+    """Return the names of the columns that a part of a column transformer takes."""
+    if callable(selected):
+        return []
+    if isinstance(selected, slice):
+        if isinstance(selected.start, str) or isinstance(selected.stop, str):
+            start = names.index(selected.start) if selected.start is not None else 0
+            stop = names.index(selected.stop) + 1 if selected.stop is not None else len(names)
+            return names[start:stop]
+        return names[selected]
+    if isinstance(selected, (str, int, np.integer)) and not isinstance(selected, bool):
+        selected = [selected]
+    entries: Iterable[Any] = np.asarray(selected).tolist()
+    entries = list(entries)
+    if entries and all(isinstance(entry, bool) for entry in entries):
+        return [name for name, flag in zip(names, entries) if flag]
+    return [entry if isinstance(entry, str) else names[entry] for entry in entries]
+
+
+def _dict_vectorizer(estimator: Any) -> Any:
+    steps = getattr(estimator, "steps", None)
+    first = steps[0][-1] if isinstance(steps, list) and steps else estimator
+    return first if type(first).__name__ == "DictVectorizer" and hasattr(first, "feature_names_") else None
+
+
+def _dict_columns(vectorizer: Any) -> list[Column]:
+    """Return the members of the dictionaries: ``city=Paris`` is a value of a text, a name without the separator is a number."""
+    known: dict[str, list[str]] = {}
+    for feature in vectorizer.feature_names_:
+        name, separator, value = str(feature).partition(vectorizer.separator)
+        values = known.setdefault(name, [])
+        if separator:
+            values.append(value)
+    return [Column(name, "BYTES", "object", values) if values else Column(name, "FP64", "float64") for name, values in known.items()]

@@ -1,0 +1,133 @@
+"""Models on tables: the columns that are found, and answers equal to the local ``predict`` on the same DataFrame."""
+
+import warnings
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.multioutput import MultiOutputClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.tree import DecisionTreeClassifier
+
+from libs.inference import v1
+from libs.runner.errors import LoadError
+from libs.runner.formats.sklearn import SklearnModel
+from libs.runner.formats.sklearn import load as load_sklearn
+from schemas.inference import Signature
+from tests.models.zoo import CASES, Case
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda make: make.__name__.strip("_"))
+def case(request: pytest.FixtureRequest) -> Case:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return request.param()
+
+
+def test_the_answer_equals_the_local_prediction(case: Case, tmp_path: Any) -> None:
+    joblib.dump(case.model, tmp_path / "m")
+    model = load_sklearn(str(tmp_path / "m"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        signature = Signature.model_validate(model.describe())
+        rows = case.rows.drop(columns=list(signature.ignored_columns))
+        cells = {name: [None if value != value else value for value in rows[name].tolist()] for name in rows.columns}
+        if not signature.is_table and signature.feature_names is None:
+            document: dict[str, Any] = {"instances": [list(row) for row in zip(*cells.values(), strict=True)]}
+        else:
+            document = {"inputs": cells}
+        request = v1.from_document(document, signature)
+        answer = model.predict(request.inputs, ["predict"])["predict"]
+        restarted = SklearnModel(case.model, signature.model_dump(mode="json"))
+        assert Signature.model_validate(restarted.describe()).inputs == signature.inputs
+    assert answer.tolist() == case.expected()
+
+
+def test_columns_are_typed_as_the_encoders_remember_them() -> None:
+    mixed = next(make for make in CASES if make.__name__ == "_mixed")()
+    inputs = SklearnModel(mixed.model).describe()["inputs"]
+    assert {spec["name"]: spec["datatype"] for spec in inputs} == {
+        "age": "FP64",
+        "income": "FP64",
+        "city": "BYTES",
+        "plan": "BYTES",
+        "zip": "BYTES",
+        "active": "FP64",
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_each_target_has_an_output_of_its_own(count: int) -> None:
+    x, y = load_iris(return_X_y=True)
+    model = DecisionTreeClassifier(max_depth=2, random_state=0).fit(x, np.c_[y > 0, x[:, 0] > 5.8].astype(int))
+    served = SklearnModel(model)
+    assert [(spec["name"], spec["shape"]) for spec in served.describe()["outputs"]] == [
+        ("predict", [-1, 2]),
+        ("predict_proba_0", [-1, 2]),
+        ("predict_proba_1", [-1, 2]),
+    ]
+    answer = served.predict({"input": x[:count]}, ["predict_proba_0", "predict_proba_1"])
+    for target, expected in enumerate(model.predict_proba(x[:count])):
+        assert np.array_equal(answer[f"predict_proba_{target}"], expected)
+
+
+def test_targets_may_have_different_classes() -> None:
+    x, y = load_iris(return_X_y=True)
+    model = MultiOutputClassifier(LogisticRegression(max_iter=500)).fit(x, np.c_[y, x[:, 0] > 5.8].astype(int))
+    outputs = {spec["name"]: spec["shape"] for spec in SklearnModel(model).describe()["outputs"]}
+    assert outputs == {"predict": [-1, 2], "predict_proba_0": [-1, 3], "predict_proba_1": [-1, 2]}
+
+
+def test_dates_as_labels_are_text() -> None:
+    x, y = load_iris(return_X_y=True)
+    days = np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "datetime64[D]")
+    served = SklearnModel(KNeighborsClassifier(3).fit(x, days[y]))
+    assert served.describe()["outputs"][0] == {"name": "predict", "datatype": "BYTES", "shape": [-1]}
+    assert served.predict({"input": x[:1]}, ["predict"])["predict"].tolist() == ["2020-01-01"]
+
+
+def test_what_predict_gives_is_never_passed_over_in_silence() -> None:
+    class Odd:
+        n_features_in_ = 1
+
+        def predict(self, values: Any) -> Any:
+            return np.ones(len(values), dtype=complex)
+
+        def predict_proba(self, values: Any) -> Any:
+            return np.ones((len(values), 2))
+
+    with pytest.raises(LoadError, match="predict gives what no datatype"):
+        SklearnModel(Odd()).describe()
+
+
+def test_a_column_of_text_and_numbers_is_refused() -> None:
+    class Encoder:
+        categories_ = (np.array([1, "one"], dtype=object),)
+        feature_names_in_ = np.array(["mixed"], dtype=object)
+
+        def predict(self, values: Any) -> Any:
+            return values
+
+    with pytest.raises(LoadError, match="column 'mixed' of the model holds text and numbers"):
+        SklearnModel(Encoder())
+
+
+def test_a_declared_column_outranks_what_was_found() -> None:
+    class Model:
+        feature_names_in_ = np.array(["day", "n"], dtype=object)
+
+        def predict(self, table: pd.DataFrame) -> Any:
+            return (table["day"].dt.year + table["n"].fillna(0).astype(int)).to_numpy()
+
+    declared = [
+        {"name": "day", "datatype": "BYTES", "shape": [-1], "dtype": "datetime64[ns]"},
+        {"name": "n", "datatype": "FP64", "shape": [-1], "dtype": "Int64"},
+    ]
+    served = SklearnModel(Model(), {"inputs": declared})
+    assert [spec["dtype"] for spec in served.describe()["inputs"]] == ["datetime64[ns]", "Int64"]
+    days = np.array([b"2026-11-30", b"2020-02-29T12:00:00"], dtype=object)
+    assert served.predict({"day": days, "n": np.array([1.0, np.nan])}, ["predict"])["predict"].tolist() == [2027, 2020]
