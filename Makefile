@@ -7,7 +7,7 @@ RAY_TESTS := tests/integration/test_ray_serve.py
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo up down test integration check format bench conformance schemas proto lock servers hooks clean
+.PHONY: help setup demo up down test integration check format bench conformance models schemas proto lock servers hooks clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1    \2/p' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench: setup ## Measure: the gateway beside its peers, start-up, upload to predi
 
 conformance: setup ## Try the published protocols out on Millrace, MLServer and KServe; writes docs/conformance.md
 	@$(BIN)/python -m tests.conformance --table docs/conformance.md
+
+models: setup ## Ask models that people have through every protocol; writes docs/models.md
+	@$(BIN)/python -m tests.models --table docs/models.md
 
 schemas: setup ## Rewrite what is generated: snapshots, AsyncAPI document, event reference, settings tables
 	@$(BIN)/python -m schemas.generate

@@ -492,7 +492,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
 
 def _is_header(first: list[str], signature: Signature) -> bool:
     known = signature.feature_names or [spec.name for spec in signature.inputs]
-    if {cell.strip() for cell in first} == set(known):
+    if {cell.strip() for cell in first} - set(signature.ignored_columns) == set(known):
         return True
     datatypes = {spec.datatype for spec in signature.inputs}
     if "BYTES" in datatypes:

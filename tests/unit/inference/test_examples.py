@@ -47,3 +47,23 @@ def test_a_malformed_example_has_no_columns() -> None:
 
 def test_the_documented_examples_hold() -> None:
     assert doctest.testmod(examples).failed == 0
+
+
+def test_a_table_is_read_by_its_columns_and_passes_over_those_that_the_model_drops() -> None:
+    columns = (
+        TensorSpec(name="plan", datatype=Datatype.BYTES, shape=(-1,), dtype="object"),
+        TensorSpec(name="income", datatype=Datatype.FP64, shape=(-1,), dtype="float64"),
+    )
+    signature = SIGNATURE.model_copy(update={"inputs": columns, "feature_names": None, "ignored_columns": ("zip",)})
+    rows = [{"plan": "free", "income": 1.5, "zip": "00501"}, {"plan": "pro", "income": None, "zip": "10115"}]
+    for example in (
+        {"instances": rows},
+        {"inputs": {name: [row[name] for row in rows] for name in rows[0]}},
+        {"dataframe_records": rows},
+        {"csv": "zip,plan,income\n00501,free,1.5\n10115,pro,\n"},
+    ):
+        inputs = examples.read(example, signature).inputs
+        assert inputs["plan"].tolist() == [b"free", b"pro"]
+        assert np.array_equal(inputs["income"], [1.5, np.nan], equal_nan=True)
+    with pytest.raises(InvalidInputError, match="'plan' expects strings"):
+        examples.read({"instances": [[30, 20]]}, signature)
