@@ -160,11 +160,15 @@ def requirement_lines(path: Path) -> list[str]:
 def read_example(path: Path) -> Any:
     """An example as the management API takes it: JSON as it is, CSV as ``{"csv": text}``, an array as V1's ``inputs``."""
     if path.suffix == ".npy":
-        import numpy as np
+        import orjson
+
+        from libs.inference.errors import InvalidInputError
+        from libs.inference.tabular import read_npy
+        from libs.inference.tensors import json_ready
 
         try:
-            return {"inputs": np.load(path, allow_pickle=False).tolist()}
-        except (OSError, ValueError) as error:
+            return {"inputs": orjson.loads(orjson.dumps(json_ready(read_npy(path.read_bytes())), option=orjson.OPT_SERIALIZE_NUMPY))}
+        except (OSError, InvalidInputError) as error:
             raise CommandError(f"{path} cannot be read as an array: {error}") from error
     if path.suffix == ".csv":
         return {"csv": _read(path)}

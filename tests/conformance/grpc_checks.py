@@ -269,9 +269,12 @@ def error_version(subject: Subject) -> None:
 
 @check("grpc.error.input", MUST, GRPC, "Status codes, INVALID_ARGUMENT")
 def error_input(subject: Subject) -> None:
-    """An input that the model does not have ends with INVALID_ARGUMENT."""
+    """An input that the model does not have, beside its own, ends with INVALID_ARGUMENT."""
     message = _request(subject)
-    message.inputs[0].name = "no-such-input"
+    message.inputs.add().CopyFrom(message.inputs[0])
+    message.inputs[-1].name = "no-such-input"
+    if message.raw_input_contents:
+        message.raw_input_contents.append(message.raw_input_contents[0])
     _refused(_infer(subject, message))
 
 

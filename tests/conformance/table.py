@@ -27,6 +27,9 @@ what it advises, or what clients in use rely on. "–" means that there is nothi
 _DEVIATION = """\
 Millrace departs from one sentence on purpose, over REST and gRPC: a request that names no outputs is answered with the first output of the
 metadata only (`predict`). The others (probabilities, scores) are each another pass through the model, and are given to who names them.
+
+A model with one input takes it under any name, because clients write names of their own (`input-0`). The checks of unknown inputs therefore
+send one beside the model's own; the peers' verdicts on these checks are of an earlier form, which sent it instead.
 """
 
 

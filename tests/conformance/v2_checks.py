@@ -264,7 +264,9 @@ _error("json", "A body that is not JSON")(lambda _: b'{"inputs": [')
 _error("empty", "An empty body")(lambda _: b"")
 _error("array", "A body that is not an object")(lambda _: b"[1, 2]")
 _error("no-inputs", "A request without `inputs`")(lambda _: {"id": "1"})
-_error("input-name", "An input that the model does not have")(lambda subject: _changed(subject, name="no such input"))
+_error("input-name", "An input that the model does not have, beside its own")(
+    lambda subject: {"inputs": [*subject.json_inputs(), {**subject.json_inputs()[0], "name": "no such input"}]}
+)
 _error("datatype", "A datatype that does not exist")(lambda subject: _changed(subject, datatype="FP63"))
 _error("count", "Data of another length than the shape says")(lambda subject: _changed(subject, data=subject.json_inputs()[0]["data"][:-1]))
 _error("rank", "A shape of another rank than the model's")(lambda subject: _changed(subject, shape=[1, *subject.json_inputs()[0]["shape"]]))

@@ -245,3 +245,20 @@ def test_an_impossible_name_is_refused_before_the_file_is_sent(store: FakeGatewa
     assert outcome.exit_code == 2
     assert outcome.err.startswith("millrace: 'a/b' is not a name")
     assert store.requests == []
+
+
+def test_an_example_may_be_a_csv_file_or_an_array(tmp_path):
+    import numpy as np
+
+    from libs.cli.errors import CommandError
+    from libs.cli.models import read_example
+
+    (tmp_path / "rows.csv").write_text("a,b\n1,x\n")
+    assert read_example(tmp_path / "rows.csv") == {"csv": "a,b\n1,x\n"}
+    np.save(tmp_path / "rows.npy", np.array([[1.5, 2.0]]))
+    assert read_example(tmp_path / "rows.npy") == {"inputs": [[1.5, 2.0]]}
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    assert read_example(tmp_path / "words.npy") == {"inputs": ["a", "b"]}
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    with pytest.raises(CommandError, match="cannot be read as an array"):
+        read_example(tmp_path / "bad.npy")

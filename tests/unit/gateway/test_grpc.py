@@ -137,7 +137,7 @@ async def opened(
     plane, state, catalog = Plane(), Health(), Catalog()
     state.caught_up = True
     access = AccessControl({name: hashlib.sha256(key.encode()).digest() for name, key in (keys or {}).items()})
-    told = v2.handlers(catalog, state)
+    told = v2.handlers(catalog, state, batch_rows=100)
     refused: list[tuple[str, str]] = []
     server = GrpcServer(
         access,

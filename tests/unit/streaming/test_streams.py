@@ -106,7 +106,7 @@ async def test_a_slow_model_is_asked_fewer_rows_at_once(world, run):
         ({"instances": []}, "non-empty list"),
         ({"instances": [["a", 2]]}, "expects FP64"),
         ({"rows": 1}, "exactly one of"),
-        ({"inputs": [{"name": "other", "datatype": "FP64", "shape": [1, 2], "data": [1, 2]}]}, "no input 'other'"),
+        ({"inputs": [{"name": "other", "datatype": "FP64", "shape": [1, 2], "data": [1, 2]}] * 2}, "no input 'other'"),
     ],
 )
 async def test_a_record_that_cannot_be_read_fails_alone_and_is_kept(world, run, bad, says):

@@ -93,7 +93,7 @@ async def test_a_head_length_that_is_wrong_is_a_400(world, length):
     ("body", "says"),
     [
         ({}, "'inputs' must be a non-empty list"),
-        ({"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}]}, "no input 'x'"),
+        ({"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP64", "data": [1, 2]}] * 2}, "no input 'x'"),
         ({"inputs": [{"name": "input", "shape": [1, 2], "datatype": "FP63", "data": [1, 2]}]}, "datatype 'FP63'"),
         ({"inputs": [{"name": "input", "shape": [2, 2], "datatype": "FP64", "data": [1, 2]}]}, "has 2 elements"),
         ({"inputs": [{"name": "input", "shape": [1, 2], "datatype": "FP64", "parameters": {"binary_data_size": 16}}]}, "0 are left"),
