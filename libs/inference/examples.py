@@ -12,13 +12,14 @@ from typing import Any
 from libs.inference import tabular, v1, v2
 from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferRequest
-from schemas.inference import Signature
+from schemas.inference import Datatype, DeclaredSignature, Signature, TensorSpec
 
 FORMS = ("instances", "inputs", "dataframe_split", "dataframe_records", "csv")
 """Members of which an example has exactly one."""
 
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan", re.IGNORECASE)
 _KINDS = {"BYTES": "text", "BOOL": "boolean"}
+_DATATYPES = {"text": (Datatype.BYTES, "object"), "boolean": (Datatype.BOOL, "bool"), "number": (Datatype.FP64, "float64")}
 
 
 def read(example: Mapping[str, Any], signature: Signature) -> InferRequest:
@@ -66,6 +67,15 @@ def column_kinds(example: Mapping[str, Any]) -> dict[str, str] | None:
         return None
     kinds = {name: _kind(values) for name, values in columns.items()}
     return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def shown_columns(example: Mapping[str, Any]) -> DeclaredSignature | None:
+    """The columns whose kinds an example shows, as a declared signature; None unless one of them is text."""
+    kinds = column_kinds(example)
+    if kinds is None or "text" not in kinds.values():
+        return None
+    columns = [TensorSpec(name=name, datatype=_DATATYPES[kind][0], shape=(-1,), dtype=_DATATYPES[kind][1]) for name, kind in kinds.items()]
+    return DeclaredSignature(inputs=tuple(columns))
 
 
 def _columns(example: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ from libs import telemetry
 from libs.artifacts.store import ArtifactCorruptError, ArtifactNotFoundError, ArtifactStore
 from libs.environments import ImpossibleEnvironmentError
 from libs.errors import InvalidArgumentError, InvalidMessage, TransientError
+from libs.inference import examples
 from libs.messaging.cloudevents import Event
 from libs.messaging.processing import Handler
 from schemas.base import Payload
@@ -119,7 +120,8 @@ class Handlers:
     async def _try(self, path: Path, known: VersionSnapshot, version: VersionBuilt) -> Validation:
         python = await self._tools.environments.ensure(version.environment)
         spec = known.spec
-        trial = Trial(python, path, await self._format(path, known), spec.example, spec.signature, spec.forbid_batching, self._tools.limits)
+        signature = spec.signature or (examples.shown_columns(spec.example) if spec.example else None)
+        trial = Trial(python, path, await self._format(path, known), spec.example, signature, spec.forbid_batching, self._tools.limits)
         return await self._tools.attempt(trial, self._tools.workplace.path)
 
     async def _format(self, path: Path, known: VersionSnapshot) -> ArtifactFormat:

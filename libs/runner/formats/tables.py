@@ -15,6 +15,8 @@ from ..errors import InvalidInputError, LoadError
 from ..wire import Arrays
 
 _TEXT_MODULE = "sklearn.feature_extraction.text"
+_PLAIN = ("object", "float64", "bool")
+_NULLABLE = ("boolean", "Int64")
 _INNER = ("best_estimator_", "regressor_", "classifier_", "estimator_")
 _WORDS = ("a sample", "another text", "some other words", "one more", "the last one")
 
@@ -162,7 +164,8 @@ def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[M
     names
         The columns of training, in order (``feature_names_in_``).
     declared
-        Inputs with a ``dtype``, as the uploader declares them; they outrank what the model remembers.
+        Inputs with a ``dtype``: as the uploader declares them, as the example shows them, or as they were found in the trial. A plain dtype
+        (``object``, ``float64``, ``bool``) completes the columns that the model remembers nothing of; others outrank what it remembers.
 
     Raises
     ------
@@ -177,12 +180,15 @@ def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[M
         search.visit(estimator, list(names))
     columns = {name: search.found.get(name) or Column(name, "FP64", "float64") for name in names or ()}
     for spec in declared:
-        columns[str(spec["name"])] = _declared(spec, columns.get(str(spec["name"])))
+        name = str(spec["name"])
+        is_known = name in search.found or name in search.dropped - search.used or (names is not None and name not in columns)
+        if not (is_known and spec["dtype"] in _PLAIN):
+            columns[name] = _declared(spec, columns.get(name))
     ignored = [name for name in names or () if name in search.dropped and name not in search.used]
     taken = [column for name, column in columns.items() if name not in ignored]
-    if not declared and all(column.datatype != "BYTES" for column in taken):
+    if all(column.datatype != "BYTES" and column.dtype not in _NULLABLE for column in taken):
         return None
-    return Table(taken, ignored) if taken else None
+    return Table(taken, ignored)
 
 
 def _declared(spec: Mapping[str, Any], found: Column | None) -> Column:

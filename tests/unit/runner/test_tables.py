@@ -13,7 +13,7 @@ from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 
-from libs.inference import v1
+from libs.inference import examples, v1
 from libs.runner.errors import LoadError
 from libs.runner.formats.sklearn import SklearnModel
 from libs.runner.formats.sklearn import load as load_sklearn
@@ -131,3 +131,25 @@ def test_a_declared_column_outranks_what_was_found() -> None:
     assert [spec["dtype"] for spec in served.describe()["inputs"]] == ["datetime64[ns]", "Int64"]
     days = np.array([b"2026-11-30", b"2020-02-29T12:00:00"], dtype=object)
     assert served.predict({"day": days, "n": np.array([1.0, np.nan])}, ["predict"])["predict"].tolist() == [2027, 2020]
+
+
+def test_the_example_completes_columns_that_the_model_remembers_nothing_of() -> None:
+    class Model:
+        feature_names_in_ = np.array(["city", "n"], dtype=object)
+
+        def predict(self, table: pd.DataFrame) -> Any:
+            return (table["city"].str.len() + table["n"]).to_numpy()
+
+    shown = examples.shown_columns({"instances": [{"city": "Paris", "n": 2, "stray": "x"}]})
+    assert shown is not None
+    served = SklearnModel(Model(), shown.model_dump(mode="json"))
+    assert [(spec["name"], spec["datatype"]) for spec in served.describe()["inputs"]] == [("city", "BYTES"), ("n", "FP64")]
+    assert served.predict({"city": np.array([b"Paris"], dtype=object), "n": np.array([2.0])}, ["predict"])["predict"].tolist() == [7.0]
+
+
+def test_the_example_does_not_outrank_what_the_model_remembers() -> None:
+    categories = next(make for make in CASES if make.__name__ == "_categories")()
+    shown = examples.shown_columns({"instances": categories.rows.astype(object).to_dict("records")})
+    assert shown is not None
+    inputs = SklearnModel(categories.model, shown.model_dump(mode="json")).describe()["inputs"]
+    assert {spec["name"]: spec["dtype"] for spec in inputs} == {"income": "float64", "city": "category", "plan": "category"}
