@@ -112,19 +112,15 @@ async def test_what_was_asked_is_taken_in_order_within_each_partition(place):
     assert dict(records[0].headers)["ce_id"] == records[0].value
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [(), [], (("ce_id", b"x"),), [("ce_id", b"x")], (("empty", b""),), [("null", None)], (("same", b"1"), ("same", b"2"))],
-    ids=["none", "an empty list", "tuple", "list", "empty", "null", "repeated"],
-)
-@pytest.mark.parametrize("key", [None, b"", b"k" * 100_000], ids=["no key", "empty key", "key of 100 kB"])
-async def test_results_and_dead_letters_with_any_headers_and_keys_are_written(place, headers, key):
+async def test_results_and_dead_letters_with_any_headers_and_keys_are_written(place):
+    some_headers = ([], [("ce_id", b"x")], [("empty", b"")], [("null", None)], [("same", b"1"), ("same", b"2")])
+    some_keys = (None, b"", b"k" * 100_000)
+    written = [Given(place.results, key, b"1", kind(headers)) for key in some_keys for headers in some_headers for kind in (list, tuple)]
     await place.ask(1)
     async with place.stream() as stream:
         (chunk,) = await place.take(stream, 1)
-        written = [Given(place.results, key, b"1", headers), Given(place.results, key, b"2", tuple(headers))]
         assert await stream.commit(chunk.assignment, written, chunk.offsets())
-    assert sorted(await place.answered(2)) == [1, 2]
+    assert await place.answered(len(written)) == [1] * len(written)
 
 
 async def test_no_more_is_taken_than_was_wanted(place):
