@@ -195,7 +195,7 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     out["unload"] = told(lambda: client.unload_model("iris"))
     out["unknown"] = told(lambda: client.infer("nobody", [tensor()]))
     out["version"] = told(lambda: client.infer("iris", [tensor()], model_version="9"))
-    out["name"] = told(lambda: client.infer("iris", [tensor(name="x")]))
+    out["name"] = told(lambda: client.infer("iris", [tensor(), tensor(name="x")]))
     out["shape"] = told(lambda: client.infer("iris", [tensor(rows[:, :3])]))
     out["output"] = told(lambda: client.infer("iris", [tensor()], outputs=[triton.InferRequestedOutput("x")]))
     out["config"] = told(lambda: client.get_model_config("iris"))

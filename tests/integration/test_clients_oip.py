@@ -198,7 +198,7 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     out["unload"] = told(lambda: client.unload_model("iris"))
     out["unknown"] = told(lambda: client.infer("nobody", [tensor()]))
     out["version"] = told(lambda: client.infer("iris", [tensor()], model_version="9"))
-    out["name"] = told(lambda: client.infer("iris", [tensor(name="x")]))
+    out["name"] = told(lambda: client.infer("iris", [tensor(), tensor(name="x")]))
     out["shape"] = told(lambda: client.infer("iris", [tensor(rows[:, :3])]))
     out["datatype"] = told(lambda: client.infer("iris", [tensor(rows.astype(object).astype(str).astype(object), datatype="BYTES")]))
     out["output"] = told(lambda: client.infer("iris", [tensor()], outputs=[triton.InferRequestedOutput("x")]))
@@ -209,7 +209,7 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     assert "binary_tensor_data" in out["server"]["extensions"]
     assert out["model"]["inputs"] == [{"name": "input", "datatype": "FP64", "shape": [-1, 4]}]
     assert out["model"]["versions"] == ["1"]
-    assert out["config"]["input"] == [{"name": "input", "data_type": "TYPE_FP64", "dims": [-1, 4]}]
+    assert out["config"]["input"] == [{"name": "input", "data_type": "TYPE_FP64", "dims": [4]}]
     assert [(entry["name"], entry["state"]) for entry in out["index"]] == [("iris", "READY"), ("spam", "READY")]
     assert [out[name][0] for name in ("load", "unknown", "version")] == ["404"] * 3
     assert [out[name][0] for name in ("name", "shape", "datatype", "output")] == ["400"] * 4
