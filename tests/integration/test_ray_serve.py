@@ -23,6 +23,7 @@ from libs.environments import make_lock
 from libs.inference.client import RunnerClient
 from libs.inference.tokens import runner_token
 from libs.local import ray_head
+from schemas.inference import Datatype, Signature, TensorSpec
 from schemas.registry import ArtifactFormat
 from services.serving.reconcile import ActualDeployment, AppStatus
 from services.serving.spec import Places, ReplicaSpec
@@ -143,6 +144,10 @@ def spec(head: Head) -> ReplicaSpec:
         artifact_sha256=digest,
         format=ArtifactFormat.SKLEARN,
         environment=lock,
+        signature=Signature(
+            inputs=(TensorSpec(name="input", datatype=Datatype.FP64, shape=(-1, POINTS.shape[1])),),
+            outputs=(TensorSpec(name="predict", datatype=Datatype.INT64, shape=(-1,)),),
+        ),
         places=places,
     )
 
