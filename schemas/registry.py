@@ -55,8 +55,6 @@ class VersionSpec(Contract):
     """
 
     artifact: Artifact
-    code: Artifact | None = Field(default=None, description="Python modules beside the model, importable in the sandbox only.")
-    allow_code: bool = Field(default=False, description="The uploader's consent to code that the artifact carries or calls.")
     format: ArtifactFormat | None = Field(default=None, description="None: decided by content.")
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None

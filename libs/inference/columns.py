@@ -39,7 +39,7 @@ def specs_for(names: Collection[str], signature: Signature) -> Mapping[str, Tens
     return dict.fromkeys(names, spec) if len(names) == 1 else specs
 
 
-def assembled(arrays: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
+def assembled(arrays: dict[str, Array], signature: Signature) -> dict[str, Array]:
     """The signature's inputs, from arrays by the names of ``specs_for``, all of which are there.
 
     Raises
@@ -48,17 +48,16 @@ def assembled(arrays: Mapping[str, Array], signature: Signature) -> dict[str, Ar
         Columns differ in how many rows they have.
     """
     own = [spec.name for spec in signature.inputs]
-    if arrays.keys() == set(own):
+    if len(arrays) == len(own) and own[0] in arrays:
         if signature.is_table:
             _check_rows(arrays)
-        return dict(arrays)
-    if len(arrays) == 1 and signature.feature_names is None:
-        return {own[0]: next(iter(arrays.values()))}
+        return arrays
     features = signature.feature_names or ()
-    if arrays.keys() != set(features):
-        return {own[0]: next(iter(arrays.values()))}
-    _check_rows(arrays)
-    return {own[0]: np.stack([arrays[name] for name in features], axis=1)}
+    if arrays.keys() == set(features):
+        _check_rows(arrays)
+        return {own[0]: np.stack([arrays[name] for name in features], axis=1)}
+    (only,) = arrays.values()
+    return {own[0]: only}
 
 
 def _check_rows(arrays: Mapping[str, Array]) -> None:

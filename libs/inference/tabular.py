@@ -429,6 +429,11 @@ class _TextCells:
 
     def column(self, table: _Table, column: int, spec: TensorSpec) -> Array:
         cells = [row[column] for row in table.rows]
+        if spec.dtype is not None and spec.datatype == "BYTES" and not spec.dtype.startswith("datetime64") and "" in cells:
+            # An empty cell means a missing value, which a column of text cannot be sent yet; an empty text would be another value.
+            raise InvalidInputError(
+                f"{table.label(column)} expects text; row {cells.index('') + 1} is empty, and a missing text cannot be sent"
+            )
         array = self._floats(cells, spec)
         if array is not None:
             return array

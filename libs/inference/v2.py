@@ -112,7 +112,10 @@ def _read_outputs(outputs: Any, signature: Signature) -> tuple[tuple[str, ...] |
 def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> dict[str, Array]:
     if not isinstance(inputs, list) or not inputs:
         raise InvalidInputError("'inputs' must be a non-empty list")
-    specs = specs_for([item["name"] for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)], signature)
+    specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in signature.inputs}
+    names = [item["name"] for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)]
+    if names and names[0] not in specs:
+        specs = specs_for(names, signature)
     rest = tail if tail is not None else memoryview(b"")
     arrays: dict[str, Array] = {}
     for item in inputs:

@@ -17,6 +17,9 @@ from ..wire import Arrays
 _TEXT_MODULE = "sklearn.feature_extraction.text"
 _PLAIN = ("object", "float64", "bool")
 _NULLABLE = ("boolean", "Int64")
+_EXACT = 2**53
+"""From here on a float stands for more than one integer."""
+
 _INNER = ("best_estimator_", "regressor_", "classifier_", "estimator_")
 _WORDS = ("a sample", "another text", "some other words", "one more", "the last one")
 
@@ -85,12 +88,20 @@ class Column:
             return pd.Series(texts, dtype="string") if self.dtype == "string" else pd.Series(texts)
         if self.dtype == "category":
             return pd.Series(pd.Categorical(values, categories=self.categories))
-        if self.dtype in ("boolean", "Int64"):
-            try:
-                return pd.Series(pd.array(values, dtype="Int64")).astype(self.dtype)
-            except (TypeError, ValueError) as error:
-                raise InvalidInputError(f"column '{self.name}' is {self.dtype}; a value in it is not") from error
+        if self.dtype in _NULLABLE:
+            return pd.Series(pd.array(self._whole(values), dtype="Int64")).astype(self.dtype)
         return pd.Series(values, dtype=self.dtype if self.dtype == "float32" else None)
+
+    def _whole(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the floats that a nullable column travels as, if each is NaN or stands for exactly one of its values."""
+        there = values[~np.isnan(values)]
+        if self.dtype == "boolean":
+            fits, expected = (there == 0) | (there == 1), "true, false, 1, 0 or null"
+        else:
+            fits, expected = (there == np.trunc(there)) & (np.abs(there) < _EXACT), f"whole numbers below {_EXACT} or null"
+        if not fits.all():
+            raise InvalidInputError(f"column '{self.name}' takes {expected}; {there[~fits][0]:.17g} is not one of them")
+        return values
 
     def _text(self, value: Any) -> Any:
         if value is None:

@@ -67,3 +67,13 @@ def test_a_table_is_read_by_its_columns_and_passes_over_those_that_the_model_dro
         assert np.array_equal(inputs["income"], [1.5, np.nan], equal_nan=True)
     with pytest.raises(InvalidInputError, match="'plan' expects strings"):
         examples.read({"instances": [[30, 20]]}, signature)
+
+
+def test_an_empty_cell_is_no_empty_text_in_a_column_of_text() -> None:
+    def column(name: str, dtype: str) -> TensorSpec:
+        return TensorSpec(name=name, datatype=Datatype.BYTES, shape=(-1,), dtype=dtype)
+
+    signature = SIGNATURE.model_copy(update={"inputs": (column("t", "object"), column("day", "datetime64[ns]")), "feature_names": None})
+    with pytest.raises(InvalidInputError, match="column 't' expects text; row 2 is empty"):
+        examples.read({"csv": "t,day\nx,2026-11-30\n,2026-11-30\n"}, signature)
+    assert examples.read({"csv": "t,day\nx,\ny,2026-11-30\n"}, signature).inputs["day"].tolist() == [b"", b"2026-11-30"]

@@ -245,3 +245,9 @@ def test_columns_that_are_missing_or_of_different_lengths_are_refused_by_name() 
 def test_the_only_input_is_taken_under_any_name() -> None:
     raw = body([1, 2, 3]).replace(b'"input"', b'"input-0"')
     assert v2.parse(raw, signature()).inputs["input"].tolist() == [[1, 2, 3]]
+
+
+def test_a_column_may_have_the_name_of_the_matrix() -> None:
+    named = signature().model_copy(update={"feature_names": ("a", "input", "c")})
+    tensors = [{"name": name, "shape": [1], "datatype": "FP64", "data": [value]} for name, value in (("a", 1), ("input", 2), ("c", 3))]
+    assert v2.parse(json.dumps({"inputs": tensors}).encode(), named).inputs["input"].tolist() == [[1, 2, 3]]

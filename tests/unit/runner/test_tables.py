@@ -14,9 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 
 from libs.inference import examples, v1
-from libs.runner.errors import LoadError
+from libs.runner.errors import InvalidInputError, LoadError
 from libs.runner.formats.sklearn import SklearnModel
 from libs.runner.formats.sklearn import load as load_sklearn
+from libs.runner.formats.tables import Column
 from schemas.inference import Signature
 from tests.models.zoo import CASES, Case
 
@@ -153,3 +154,19 @@ def test_the_example_does_not_outrank_what_the_model_remembers() -> None:
     assert shown is not None
     inputs = SklearnModel(categories.model, shown.model_dump(mode="json")).describe()["inputs"]
     assert {spec["name"]: spec["dtype"] for spec in inputs} == {"income": "float64", "city": "category", "plan": "category"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("boolean", 7.0), ("boolean", 0.5), ("Int64", 3.5), ("Int64", float(2**53)), ("Int64", -float(2**60)), ("Int64", np.inf)],
+)
+def test_a_value_that_a_nullable_column_does_not_have_is_refused_by_name(dtype: str, value: float) -> None:
+    with pytest.raises(InvalidInputError, match="column 'c' takes"):
+        Column("c", "FP64", dtype).series(np.array([1.0, np.nan, value]))
+
+
+def test_nullable_columns_hold_every_value_they_have() -> None:
+    booleans = Column("c", "FP64", "boolean").series(np.array([1.0, 0.0, np.nan]))
+    assert (str(booleans.dtype), booleans[:2].tolist(), booleans.isna().tolist()) == ("boolean", [True, False], [False, False, True])
+    integers = Column("c", "FP64", "Int64").series(np.array([float(2**53 - 1), -3.0, np.nan]))
+    assert (str(integers.dtype), integers[:2].tolist(), integers.isna().tolist()) == ("Int64", [2**53 - 1, -3], [False, False, True])
