@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from libs.errors import PayloadTooLargeError
 
-Headers = tuple[tuple[str, bytes], ...]
+Headers = tuple[tuple[str, bytes | None], ...]
 
 MAX_RECORD_BYTES = 1_048_576
 """Largest record, counted as ``Record.size_bytes`` does; a Kafka broker accepts 12 bytes more by default (``message.max.bytes``)."""

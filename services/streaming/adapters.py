@@ -71,8 +71,8 @@ class KafkaStreamLog:
         self._timeout_s = settings.request_timeout_ms / 1000
         self._reading = CallThread(f"reads {endpoint_name}")
         self._writing = CallThread(f"writes {endpoint_name}")
-        self._consumer: Any = None
-        self._producer: Any = None
+        self._consumer: Consumer | None = None
+        self._producer: Producer | None = None
         self._committing = threading.Lock()
         self._is_closing = False
         self._assignment = 0
@@ -120,6 +120,18 @@ class KafkaStreamLog:
 
     async def lags(self) -> dict[int, int]:
         return await self._reading.call(self._lags)
+
+    @property
+    def _reader(self) -> Consumer:
+        if self._consumer is None:
+            raise SessionLostError(f"the consumer of {self._topic} is closed")
+        return self._consumer
+
+    @property
+    def _writer(self) -> Producer:
+        if self._producer is None:
+            raise SessionLostError(f"the producer of results of {self._topic} is closed")
+        return self._producer
 
     # The producer's thread ---------------------------------------------------------------------------------------------------------
 
@@ -172,13 +184,13 @@ class KafkaStreamLog:
 
     def _transact(self, results: Sequence[Given], offsets: Mapping[int, int]) -> None:
         try:
-            self._producer.begin_transaction()
+            self._writer.begin_transaction()
             self._produce(results)
             # While the broker is away, librdkafka 2.16 can wait for the offsets for ever; for records it waits as long as it is told.
-            if self._producer.flush(_CALL_TIMEOUT_S):
+            if self._writer.flush(_CALL_TIMEOUT_S):
                 raise KafkaException(self._undelivered or KafkaError(KafkaError._TIMED_OUT))
-            self._producer.send_offsets_to_transaction(self._places(offsets), self._member, _CALL_TIMEOUT_S)
-            self._producer.commit_transaction(_CALL_TIMEOUT_S)
+            self._writer.send_offsets_to_transaction(self._places(offsets), self._member, _CALL_TIMEOUT_S)
+            self._writer.commit_transaction(_CALL_TIMEOUT_S)
         except KafkaException as error:
             outcome = "aborted" if self._abort(error) else "doubtful"
             self._transactions[outcome].value += 1
@@ -190,7 +202,7 @@ class KafkaStreamLog:
         if not error.args[0].txn_requires_abort():
             return False
         try:
-            self._producer.abort_transaction(_CALL_TIMEOUT_S)
+            self._writer.abort_transaction(_CALL_TIMEOUT_S)
         except KafkaException:
             return False
         return True
@@ -199,19 +211,20 @@ class KafkaStreamLog:
         doing = f"writing results of {self._topic}"
         with _translated(doing):
             self._produce(results)
-            if self._producer.flush(self._timeout_s) or self._undelivered is not None:
+            if self._writer.flush(self._timeout_s) or self._undelivered is not None:
                 raise _lost(doing, self._undelivered or KafkaError(KafkaError._TIMED_OUT))
-            self._consumer.commit(offsets=self._places(offsets), asynchronous=False)
+            self._reader.commit(offsets=self._places(offsets), asynchronous=False)
 
     def _produce(self, results: Sequence[Given]) -> None:
-        produce = self._producer.produce
+        producer = self._writer
         for result in results:
+            headers: list[tuple[str, str | bytes | None]] = [*result.headers]  # a tuple is refused
             while True:
                 try:
-                    produce(result.topic, result.value, result.key, headers=list(result.headers))  # a tuple is refused
+                    producer.produce(result.topic, result.value, result.key, headers=headers)
                     break
                 except BufferError:
-                    self._producer.poll(0.05)
+                    producer.poll(0.05)
 
     def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
         if error is not None and self._undelivered is None:
@@ -251,10 +264,10 @@ class KafkaStreamLog:
                 self._consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     def _assign_everything(self) -> None:
-        known = self._consumer.list_topics(self._topic, timeout=self._timeout_s).topics[self._topic]
+        known = self._reader.list_topics(self._topic, timeout=self._timeout_s).topics[self._topic]
         if known.error is not None:
             raise _lost(f"reading {self._topic}", known.error)
-        self._consumer.assign([TopicPartition(self._topic, partition) for partition in known.partitions])
+        self._reader.assign([TopicPartition(self._topic, partition) for partition in known.partitions])
         self._assignment += 1
 
     def _close_consumer(self) -> None:
@@ -264,7 +277,7 @@ class KafkaStreamLog:
                 consumer.close()
         self._paused_partitions.value = 0
 
-    def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         consumer.assign(partitions)
         if self._is_paused:
             consumer.pause(partitions)
@@ -273,11 +286,11 @@ class KafkaStreamLog:
         self._assignment += 1
         log.info("reads partitions %s of %s", sorted(place.partition for place in partitions), self._topic)
 
-    def _on_lost(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         log.warning("lost partitions %s of %s", sorted(place.partition for place in partitions), self._topic)
         self._on_revoke(consumer, partitions)
 
-    def _on_revoke(self, _: Any, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         """Give partitions up, but not while a transaction is being committed.
 
         Also not when they are lost already: a static member can come back into the same generation, in which the broker would accept
@@ -319,21 +332,21 @@ class KafkaStreamLog:
 
     def _poll(self, timeout_s: float) -> list[Message]:
         with _translated(f"reading {self._topic}"):
-            message = self._consumer.poll(timeout_s)
+            message = self._reader.poll(timeout_s)
         self._check()
         return [] if message is None else [message]
 
     def _next(self, count: int) -> list[Message]:
         with _translated(f"reading {self._topic}"):
-            messages: list[Message] = self._consumer.consume(count, 0)
+            messages: list[Message] = self._reader.consume(count, 0)
         return messages
 
     def _pause(self, wanted: bool) -> None:
         if wanted is self._is_paused:
             return
-        places = self._consumer.assignment()
+        places = self._reader.assignment()
         with _translated(f"reading {self._topic}"):
-            (self._consumer.pause if wanted else self._consumer.resume)(places)
+            (self._reader.pause if wanted else self._reader.resume)(places)
         self._is_paused = wanted
         self._paused_partitions.value = len(places) if wanted else 0
 
@@ -367,19 +380,19 @@ class KafkaStreamLog:
 
     def _lags(self) -> dict[int, int]:
         with _translated(f"looking up what waits on {self._topic}"):
-            places = self._consumer.assignment()
+            places = self._reader.assignment()
             self._look_up_committed([place for place in places if place.partition not in self._committed])
             return {place.partition: self._lag(place) for place in places}
 
     def _look_up_committed(self, places: Sequence[TopicPartition]) -> None:
         if places:
-            for place in self._consumer.committed(list(places), timeout=_LAG_TIMEOUT_S):
+            for place in self._reader.committed(list(places), timeout=_LAG_TIMEOUT_S):
                 self._committed.setdefault(place.partition, place.offset)
 
     def _lag(self, place: TopicPartition) -> int:
-        low, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S, cached=not self._is_paused)
+        low, high = self._reader.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S, cached=not self._is_paused)
         if high < 0:
-            low, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S)
+            low, high = self._reader.get_watermark_offsets(place, timeout=_LAG_TIMEOUT_S)
         return max(0, int(high) - max(int(low), self._done(place), 0))
 
     def _done(self, place: TopicPartition) -> int:
@@ -390,7 +403,7 @@ class KafkaStreamLog:
         committed = self._committed.get(place.partition, -1)
         if self._held or committed < self._taken_to.get(place.partition, committed):
             return committed
-        return max(committed, int(self._consumer.position([place])[0].offset))
+        return max(committed, int(self._reader.position([place])[0].offset))
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -429,7 +442,7 @@ def _lost(doing: str, error: KafkaError) -> SessionLostError:
     return SessionLostError(f"{doing}: {error.str()} ({error.name()})", is_too_large=error.code() == KafkaError.MSG_SIZE_TOO_LARGE)
 
 
-def _taken(message: Any) -> Taken:
+def _taken(message: Any) -> Taken:  # by its types a message may be none of a partition; what was polled is
     try:
         headers = message.headers() or ()
     except UnicodeDecodeError:

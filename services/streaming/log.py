@@ -5,7 +5,8 @@ from typing import NamedTuple, Protocol
 
 from libs.messaging.records import Record
 
-Header = tuple[str, bytes]
+Header = tuple[str, bytes | None]
+"""Kafka knows headers without a value; whoever writes requests may use them."""
 
 
 class Taken(NamedTuple):

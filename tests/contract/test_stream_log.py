@@ -15,7 +15,7 @@ from libs.messaging.memory import MemoryBroker
 from libs.messaging.records import Record
 from libs.metrics import Metrics
 from libs.settings import KafkaSettings
-from schemas.topics import inference_requests, inference_results
+from schemas.topics import DLQ, inference_requests, inference_results
 from services.streaming.adapters import KafkaStreamLog
 from services.streaming.log import Chunk, Given, StreamLog
 from services.streaming.memory import MemoryStreamLog
@@ -96,7 +96,7 @@ async def place(request: pytest.FixtureRequest) -> Place:
         memory = MemoryBroker()
         return Place(memory, name, lambda endpoint: MemoryStreamLog(memory, endpoint))
     settings: KafkaSettings = request.getfixturevalue("embedded_broker" if request.param == "embedded" else "kafka_server").settings
-    await create_topics(settings, [inference_requests(name), inference_results(name)])
+    await create_topics(settings, [inference_requests(name), inference_results(name), DLQ])
     return Place(KafkaBroker(settings), name, lambda endpoint: KafkaStreamLog(settings, endpoint, 2**20, Metrics()))
 
 
