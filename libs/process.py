@@ -34,6 +34,13 @@ class MeasuredSettings(Protocol):
     def metrics_port(self) -> int: ...
 
 
+@runtime_checkable
+class Judged(Protocol):
+    """A component that can tell whether it does its work; ``/readyz`` asks all of them."""
+
+    def is_ready(self) -> bool: ...
+
+
 S = TypeVar("S", bound=ServiceSettings)
 T = TypeVar("T")
 
@@ -75,7 +82,8 @@ def run_service(
 
     async def run() -> None:
         # Built inside the loop: some clients bind to it when they are made.
-        await lifecycle.run([*_metrics_server(settings), *build(settings)], settings.process.ready_file)
+        components = build(settings)
+        await lifecycle.run([*_metrics_server(settings, components), *components], settings.process.ready_file)
 
     provider = telemetry.configure(name, settings.telemetry)
     try:
@@ -86,7 +94,9 @@ def run_service(
         provider.shutdown()
 
 
-def _metrics_server(settings: ServiceSettings) -> list[Component]:
+def _metrics_server(settings: ServiceSettings, components: Sequence[Component] = ()) -> list[Component]:
     if not isinstance(settings, MeasuredSettings):
         return []
-    return [MetricsServer(of(PROCESS), settings.process.metrics_host, settings.metrics_port)]
+    judged = [component for component in components if isinstance(component, Judged)]
+    is_ready = (lambda: all(component.is_ready() for component in judged)) if judged else None
+    return [MetricsServer(of(PROCESS), settings.process.metrics_host, settings.metrics_port, is_ready)]

@@ -31,6 +31,9 @@ DECIDED = "millrace.sampled"
 
 _log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default={})  # noqa: B039 - never mutated
 
+_TRACEPARENT_CHARS = 55
+"""Of version 00; later ones may be longer."""
+
 
 def configure(service_name: str, settings: TelemetrySettings) -> TracerProvider:
     """Set up logging and the process's tracer provider; spans are exported only if a collector is configured.
@@ -74,8 +77,13 @@ def extract(traceparent: str | None) -> Context | None:
 
 
 def checked_traceparent(traceparent: str | None) -> str | None:
-    """The ``traceparent`` if it is a valid one, else None: what strangers wrote is not passed on."""
-    return traceparent if traceparent and trace.get_current_span(extract(traceparent)).get_span_context().is_valid else None
+    """The ``traceparent`` if it is a valid one, else None: what strangers wrote is not passed on.
+
+    One of a later version is passed on as the version that we know, without what follows the flags, as W3C Trace Context demands.
+    """
+    if not traceparent or not trace.get_current_span(extract(traceparent)).get_span_context().is_valid:
+        return None
+    return f"00{traceparent.strip()[2:_TRACEPARENT_CHARS]}"
 
 
 def current_traceparent() -> str | None:

@@ -154,9 +154,10 @@ STREAM_PRODUCERS = _counter(
 )
 STREAM_FAILURES = _counter(
     "millrace_stream_failures_total",
-    "Times a stream failed over something unforeseen and began anew, while the others went on.",
+    "Times a stream failed and began anew, while the others went on.",
     "endpoint",
 )
+STREAM_FAILING = _gauge("millrace_stream_failing", "1 while a stream has failed and has not advanced since.", "endpoint")
 
 # Serving
 

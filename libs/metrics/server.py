@@ -1,7 +1,8 @@
-"""``/metrics`` of a service that has no HTTP door of its own."""
+"""``/metrics`` and ``/readyz`` of a service that has no HTTP door of its own."""
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from libs.metrics.exposition import Exposition
@@ -9,6 +10,7 @@ from libs.metrics.exposition import Exposition
 log = logging.getLogger(__name__)
 
 PATH = "/metrics"
+READY_PATH = "/readyz"
 
 _MAX_CONNECTIONS = 8
 _HEAD_BYTES = 8_192
@@ -17,7 +19,7 @@ _WRITE_TIMEOUT_S = 10.0
 
 
 class MetricsServer:
-    """Answers ``GET /metrics``, and nothing else, one request per connection.
+    """Answers ``GET /metrics``, and ``GET /readyz`` of a service that can tell, one request per connection.
 
     A port that is taken does not keep the service from starting: its numbers are missing then, and its log says so.
 
@@ -25,6 +27,8 @@ class MetricsServer:
     ----------
     port
         0: no server.
+    is_ready
+        Whether the service can do its work; None: it cannot tell.
 
     Attributes
     ----------
@@ -32,8 +36,9 @@ class MetricsServer:
         The port listened on, once started; 0 when there is none.
     """
 
-    def __init__(self, exposition: Exposition, host: str, port: int) -> None:
+    def __init__(self, exposition: Exposition, host: str, port: int, is_ready: Callable[[], bool] | None = None) -> None:
         self._exposition = exposition
+        self._is_ready = is_ready
         self._host = host
         self._port = port
         self.bound_port = 0
@@ -87,10 +92,13 @@ class MetricsServer:
         request, *lines = head.decode("latin-1").split("\r\n")
         method, _, rest = request.partition(" ")
         path = rest.partition(" ")[0].partition("?")[0]
-        if path != PATH:
+        if path != PATH and (path != READY_PATH or self._is_ready is None):
             return _response("404 Not Found", b'{"error": "there is nothing here but /metrics"}', "application/json")
         if method not in ("GET", "HEAD"):
-            return _response("405 Method Not Allowed", b'{"error": "/metrics takes GET"}', "application/json", "allow: GET\r\n")
+            return _response("405 Method Not Allowed", f'{{"error": "{path} takes GET"}}'.encode(), "application/json", "allow: GET\r\n")
+        if path == READY_PATH and self._is_ready is not None:
+            status, body = ("200 OK", b'{"ready": true}') if self._is_ready() else ("503 Service Unavailable", b'{"ready": false}')
+            return _response(status, body, "application/json", with_body=method == "GET")
         accept = next((line.partition(":")[2].strip() for line in lines if line.lower().startswith("accept:")), "")
         body, content_type = self._exposition.render(accept)
         return _response("200 OK", body, content_type, with_body=method == "GET")

@@ -22,7 +22,15 @@ from libs.messaging.errors import StoppingError
 from libs.messaging.loop import GRACE_S
 from libs.messaging.retry import keep_trying
 from libs.metrics import Histogram, Metrics
-from libs.metrics.definitions import DEAD_LETTERS, STREAM_FAILURES, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORD_SECONDS, STREAM_RECORDS
+from libs.metrics.definitions import (
+    DEAD_LETTERS,
+    STREAM_FAILING,
+    STREAM_FAILURES,
+    STREAM_IN_FLIGHT,
+    STREAM_LAG,
+    STREAM_RECORD_SECONDS,
+    STREAM_RECORDS,
+)
 from schemas.topics import Topic, inference_requests, inference_results
 from services.streaming.answering import SERVICE, Answerer, AnswerParts
 from services.streaming.batches import Item, Pace
@@ -40,6 +48,9 @@ PATIENCE_S = 1.0
 """A stage that is not rid of a chunk after so long pauses the partitions, so that the consumer can be polled and stays in its group."""
 
 LAG_INTERVAL_S = 5.0
+
+_STEADY_S = 60.0
+"""A stream that has worked for so long without a failure is as good as new."""
 
 _ANSWERED_CHUNKS = 4
 """Chunks that may wait for the transaction before theirs; they share the next. What a transaction costs hardly depends on its size."""
@@ -83,9 +94,15 @@ class Streams:
         self._pool = parts.answering.pool
         self._streams: dict[str, tuple[Stream, asyncio.Task[None]]] = {}
         self._stopping = asyncio.Event()
+        self._is_started = False
+
+    def is_ready(self) -> bool:
+        """Whether a stream advances, or there is none: the service can do its work as long as one of them can."""
+        return self._is_started and (not self._streams or any(not stream.is_failing for stream, _ in self._streams.values()))
 
     async def start(self) -> None:
         self._pool.open()
+        self._is_started = True
 
     async def run(self) -> None:
         while not self._stopping.is_set():
@@ -136,7 +153,13 @@ class _Answered(NamedTuple):
 
 
 class Stream:
-    """The records of one endpoint."""
+    """The records of one endpoint.
+
+    Attributes
+    ----------
+    is_failing
+        Whether it has failed and has not advanced since: nothing was committed, and something waits.
+    """
 
     def __init__(self, endpoint_name: str, parts: StreamParts) -> None:
         self._endpoint_name = endpoint_name
@@ -149,7 +172,8 @@ class Stream:
         self._figures = _Figures(endpoint_name, parts.metrics)
         # Small requests can have large answers.
         self._pace = Pace(parts.limits.chunk_records, parts.limits.chunk_bytes)
-        self._uncommitted: dict[int, int] = {}
+        self.is_failing = False
+        self._uncommitted: dict[int, range] = {}
 
     async def run(self) -> None:
         """Answer records until stopped; what was not committed is read again by whoever comes next.
@@ -167,22 +191,14 @@ class Stream:
                 began = time.monotonic()
                 try:
                     await self._session()
-                except TransientError as error:
-                    failures = 1 if time.monotonic() - began > 60 else failures + 1
-                    self._learn_from(error)
-                    delay_s = self._parts.answering.retry.delay_s(failures)
-                    log.warning("streaming %s begins anew in %.1f s: %s", self._requests, delay_s, error)
-                    await pause(self._stopping, delay_s)
                 except (StoppingError, SupersededError):
                     raise
-                except Exception:
-                    failures = 1 if time.monotonic() - began > 60 else failures + 1
-                    self._figures.failures.value += 1
+                except (Exception, asyncio.CancelledError) as error:
+                    if _is_cancelled():
+                        raise
+                    failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
                     delay_s = self._parts.answering.retry.delay_s(failures)
-                    places = ", ".join(f"partition {partition} before offset {offset}" for partition, offset in self._uncommitted.items())
-                    log.exception(
-                        "a bug: streaming %s failed at %s; it begins anew in %.1f s", self._requests, places or "its start", delay_s
-                    )
+                    self._failed(error, delay_s)
                     await pause(self._stopping, delay_s)
         except StoppingError:
             log.info("the stream of %s stops", self._endpoint_name)
@@ -198,8 +214,25 @@ class Stream:
             running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
+    def _failed(self, error: BaseException, delay_s: float) -> None:
+        """Say what failed, and where."""
+        self.is_failing = True
+        self._figures.failed()
+        places = ", ".join(f"partition {number} offsets {part.start} to {part.stop - 1}" for number, part in self._uncommitted.items())
+        where = f"{self._requests}, {places or 'with nothing in hand'}"
+        if isinstance(error, TransientError):
+            self._learn_from(error)
+            log.warning("streaming %s begins anew in %.1f s: %s", where, delay_s, error)
+        else:
+            log.error("a bug: streaming %s failed and begins anew in %.1f s: %r", where, delay_s, error, exc_info=error)
+
+    def _advances(self) -> None:
+        self.is_failing = False
+        self._figures.failing.value = 0
+
     async def _session(self) -> None:
         """Answer records with one set of clients."""
+        self._uncommitted = {}
         retry = self._parts.answering.retry
         await keep_trying(lambda: self._parts.create_topics(self._topics), retry, self._stopping)
         stream_log = self._parts.logs(self._endpoint_name)
@@ -214,21 +247,29 @@ class Stream:
             await stream_log.close()
 
     async def _take_all(self, stream_log: StreamLog, taken: "asyncio.Queue[_Read | None]") -> None:
-        looked_s = 0.0
+        began, looked_s = time.monotonic(), 0.0
         while not self._stopping.is_set():
             if self._answerer.is_answerable():
                 chunk = await stream_log.take(self._pace.count, self._limits.chunk_bytes, POLL_S)
                 if chunk.records:
-                    self._uncommitted.update(chunk.offsets())
+                    self._in_hand(chunk)
                     self._figures.in_flight.value += len(chunk.records)
                     await self._hand_on(stream_log, _Read(chunk, time.monotonic()), taken)
             else:
                 # What cannot be answered is better left on the topic.
                 await stream_log.stay(POLL_S)
             if time.monotonic() - looked_s > LAG_INTERVAL_S:
-                self._figures.waiting(await stream_log.lags())
-                looked_s = time.monotonic()
+                lags, looked_s = await stream_log.lags(), time.monotonic()
+                self._figures.waiting(lags)
+                if (lags and not any(lags.values())) or looked_s - began > _STEADY_S:
+                    self._advances()  # nothing waits, or nothing is its own to read
         await taken.put(None)
+
+    def _in_hand(self, chunk: Chunk) -> None:
+        firsts = {record.partition: record.offset for record in reversed(chunk.records)}
+        for partition, end in chunk.offsets().items():
+            known = self._uncommitted.get(partition)
+            self._uncommitted[partition] = range(known.start if known else firsts[partition], end)
 
     async def _hand_on(self, stream_log: StreamLog, chunk: _Read, taken: "asyncio.Queue[_Read | None]") -> None:
         try:
@@ -275,7 +316,11 @@ class Stream:
             offsets.update(entry.read.chunk.offsets())
         if await stream_log.commit(some[0].read.chunk.assignment, results, offsets):
             self._figures.committed(some)
-            self._uncommitted = {partition: end for partition, end in self._uncommitted.items() if end > offsets.get(partition, -1)}
+            self._advances()
+            for partition, end in offsets.items():
+                rest = range(end, self._uncommitted.pop(partition, range(end)).stop)
+                if rest:
+                    self._uncommitted[partition] = rest
         else:
             log.info("records of %s are left to whoever reads their partitions now", self._requests)
         self._figures.in_flight.value -= sum(len(entry.items) for entry in some)
@@ -293,7 +338,7 @@ class _Figures:
         self._endpoint_name = endpoint_name
         self._metrics = metrics
         self.in_flight = metrics.gauge(STREAM_IN_FLIGHT, endpoint_name)
-        self.failures = metrics.counter(STREAM_FAILURES, endpoint_name)
+        self.failing = metrics.gauge(STREAM_FAILING, endpoint_name)
         self._seconds = metrics.histogram(STREAM_RECORD_SECONDS, endpoint_name)
         self._partitions: set[int] = set()
 
@@ -307,6 +352,11 @@ class _Figures:
                     self._metrics.counter(DEAD_LETTERS, SERVICE, inference_requests(self._endpoint_name).name).value += count
             _observe(self._seconds, now - entry.read.taken_s, len(entry.items))
 
+    def failed(self) -> None:
+        """The stream begins anew."""
+        self._metrics.counter(STREAM_FAILURES, self._endpoint_name).value += 1
+        self.failing.value = 1
+
     def waiting(self, lags: dict[int, int]) -> None:
         """Tell how many records wait on each partition that this process reads."""
         for partition in self._partitions - lags.keys():
@@ -319,6 +369,13 @@ class _Figures:
         """The stream is no more."""
         self.waiting({})
         self._metrics.forget(STREAM_IN_FLIGHT, self._endpoint_name)
+        self._metrics.forget(STREAM_FAILING, self._endpoint_name)
+
+
+def _is_cancelled() -> bool:
+    """Whether this task itself was cancelled; what it waited for can be, too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _observe(histogram: Histogram, seconds: float, count: int) -> None:

@@ -8,12 +8,15 @@ from libs.messaging.errors import StoppingError
 
 
 async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run coroutines at once; when one raises, the others are cancelled, and its error is raised."""
+    """Run coroutines at once; when one raises or is cancelled, so are the others, and its error is raised."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
+        running = set(tasks)
+        while running:
+            # A cancelled one is no exception to FIRST_EXCEPTION: the others would wait for it for ever.
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
     finally:
         for task in tasks:
             task.cancel()

@@ -60,3 +60,18 @@ def test_a_service_with_a_port_for_it_shows_its_metrics():
     (server,) = _metrics_server(Measured())
     assert isinstance(server, MetricsServer)
     assert _metrics_server(Settings()) == []
+
+
+def test_readyz_asks_the_components_that_can_tell():
+    class Measured(Settings):
+        metrics_port: int = 0
+
+    class Ready:
+        def __init__(self, is_ready: bool) -> None:
+            self.is_ready = lambda: is_ready
+
+    (without,) = _metrics_server(Measured(), [object()])
+    (one,) = _metrics_server(Measured(), [object(), Ready(True)])
+    (two,) = _metrics_server(Measured(), [Ready(True), Ready(False)])
+    assert without._is_ready is None
+    assert (one._is_ready(), two._is_ready()) == (True, False)

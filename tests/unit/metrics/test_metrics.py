@@ -131,11 +131,24 @@ async def test_a_small_server_answers_scrapes(server):
 
 
 @pytest.mark.parametrize(
-    ("request_line", "status"), [(b"POST /metrics", b"405"), (b"GET /", b"404"), (b"GET /metrics?x=1", b"200"), (b"nonsense", b"404")]
+    ("request_line", "status"),
+    [(b"POST /metrics", b"405"), (b"GET /", b"404"), (b"GET /readyz", b"404"), (b"GET /metrics?x=1", b"200"), (b"nonsense", b"404")],
 )
 async def test_it_answers_nothing_else(server, request_line, status):
     answer = await ask(server.bound_port, request_line + b" HTTP/1.1\r\n\r\n")
     assert answer.split(b" ", 2)[1] == status
+
+
+@pytest.mark.parametrize(("is_ready", "status"), [(True, b"200 OK"), (False, b"503 Service Unavailable")])
+async def test_a_service_that_can_tell_says_whether_it_is_ready(unused_tcp_port, is_ready, status):
+    made = MetricsServer(of(filled()), "127.0.0.1", unused_tcp_port, lambda: is_ready)
+    await made.start()
+    answer = await ask(made.bound_port, b"GET /readyz HTTP/1.1\r\n\r\n")
+    refused = await ask(made.bound_port, b"POST /readyz HTTP/1.1\r\n\r\n")
+    await made.stop()
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert answer.endswith(b'{"ready": true}' if is_ready else b'{"ready": false}')
+    assert refused.startswith(b"HTTP/1.1 405")
 
 
 async def test_an_endless_head_is_cut(server):

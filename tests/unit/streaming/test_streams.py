@@ -16,11 +16,12 @@ from libs import telemetry
 from libs.inference import v2_grpc
 from libs.inference.requests import InferRequest
 from libs.inference.spans import RunnerSpans
-from libs.metrics.definitions import STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORDS
+from libs.messaging.records import Record
+from libs.metrics.definitions import STREAM_FAILING, STREAM_FAILURES, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORDS
 from schemas.inference import InferenceResult
 from schemas.registry import EndpointSnapshot, Replica
-from schemas.topics import DLQ, STATE_ENDPOINTS
-from services.streaming import answering
+from schemas.topics import DLQ, STATE_ENDPOINTS, inference_requests, inference_results
+from services.streaming import answering, streams
 from services.streaming.answering import AnswerLimits
 from services.streaming.batches import Item
 from services.streaming.errors import SessionLostError
@@ -697,19 +698,104 @@ async def test_the_runners_span_is_part_of_the_trace_of_its_record(tmp_path, run
     assert second.header("traceparent") == f"00-{unsampled}-b7ad6b7169203331-00"
 
 
-async def test_a_stream_that_fails_over_a_bug_begins_anew_and_does_not_end_the_others(world, run, monkeypatch, caplog):
-    original, failures = MemoryStreamLog.commit, iter(range(2))
+@pytest.mark.parametrize("traceparent", ["01-{}-01-later", "01-{}-01-zz", " 00-{}-01 ", "00-{}-01\n", "00-{}-ff"])
+async def test_no_trace_context_stops_a_stream(tmp_path, run, monkeypatch, traceparent):
+    provider = TracerProvider()
+    monkeypatch.setattr(telemetry, "tracer", lambda: provider.get_tracer("test"))
+    world = World(tmp_path, spans=RunnerSpans(SimpleSpanProcessor(InMemorySpanExporter())))
+    runner = await world.runner()
+    await world.endpoint(runner.replica)
+    await world.ask(*rows(1), traceparent=traceparent.format("0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331"))
+    async with run(world.streams()):
+        assert predicted(await world.results(1)) == [1]
+    await runner.stop()
+    assert world.broker.records(RESULTS)[0].header("traceparent").startswith("00-0af7651916cd43dd8448eb211c80319c-")
+
+
+CAFE_REQUESTS, CAFE_RESULTS = inference_requests("cafe").name, inference_results("cafe").name
+
+
+async def two_endpoints(world: World) -> None:
+    """``shop`` and ``cafe``, with five requests each."""
+    runner = await world.runner()
+    await world.endpoint(runner.replica)
+    await world.publish(
+        EndpointSnapshot(
+            endpoint_name="cafe", traffic={"cafe.iris.1": 100}, deployment_ids=("cafe.iris.1",), created_at=NOW, updated_at=NOW
+        ),
+        deployment(deployment_id="cafe.iris.1", endpoint_name="cafe", replicas=(runner.replica,)),
+    )
+    await world.ask(*rows(*range(5)))
+    await ask_cafe(world, 5)
+
+
+async def ask_cafe(world: World, count: int) -> None:
+    await world.broker.append([Record(CAFE_REQUESTS, None, json.dumps(row).encode()) for row in rows(*range(count))])
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException) -> set[str]:
+    """Topics of requests whose log raises in a method, for as long as they are in the set."""
+    original, topics = getattr(MemoryStreamLog, method), set()
 
     async def buggy(self: Any, *arguments: Any) -> Any:
-        if next(failures, None) is not None:
-            raise TypeError("an argument that the client does not take")
+        if self._topic in topics:
+            raise error
         return await original(self, *arguments)
 
-    monkeypatch.setattr(MemoryStreamLog, "commit", buggy)
-    await world.endpoint((await world.runner()).replica)
-    await world.ask(*rows(*range(5)))
-    streams = world.streams()
-    async with run(streams):
+    monkeypatch.setattr(MemoryStreamLog, method, buggy)
+    return topics
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("an argument that is not taken"), SessionLostError("the broker says no"), asyncio.CancelledError("lost")],
+)
+@pytest.mark.parametrize("method", ["open", "take", "commit", "lags"])
+async def test_a_stream_that_fails_is_alone_in_it(world, run, monkeypatch, caplog, method, error):
+    broken = failing(monkeypatch, method, error)
+    broken.add(REQUESTS)
+    await two_endpoints(world)
+    components = world.streams()
+    failures, is_failing = world.metrics.counter(STREAM_FAILURES, "shop"), world.metrics.gauge(STREAM_FAILING, "shop")
+    async with run(components):
+        await world.until(lambda: failures.value >= 3)
+        await ask_cafe(world, 5)
+        await world.until(lambda: len(world.broker.records(CAFE_RESULTS)) == 10)
+        assert components[1].is_ready()
+        assert is_failing.value == 1 or method == "lags"
+        broken.clear()
         assert predicted(await world.results(5)) == list(range(5))
-    assert "failed at partition" in caplog.text
+        await world.until(lambda: is_failing.value == 0)
     assert len(world.broker.records(RESULTS)) == 5
+    assert world.metrics.counter(STREAM_FAILURES, "cafe").value == 0
+    assert str(error) in caplog.text
+    if method == "commit":
+        assert f"streaming {REQUESTS}, partition 0 offsets 0 to 4" in caplog.text
+
+
+async def test_streaming_is_not_ready_while_none_of_its_streams_advances(world, run, monkeypatch):
+    monkeypatch.setattr(streams, "LAG_INTERVAL_S", 0.01)
+    broken = failing(monkeypatch, "commit", TypeError("a bug"))
+    broken |= {REQUESTS, CAFE_REQUESTS}
+    components = world.streams()
+    assert not components[1].is_ready()
+    async with run(components):
+        assert components[1].is_ready()
+        await two_endpoints(world)
+        await world.until(lambda: not components[1].is_ready())
+        broken.remove(CAFE_REQUESTS)
+        await world.until(components[1].is_ready)
+        assert len(world.broker.records(CAFE_RESULTS)) == 5
+        assert not world.broker.records(RESULTS)
+
+
+async def test_a_stream_with_nothing_left_to_do_fails_no_longer(world, run, monkeypatch):
+    monkeypatch.setattr(streams, "LAG_INTERVAL_S", 0.01)
+    broken = failing(monkeypatch, "take", TypeError("a bug"))
+    broken.add(REQUESTS)
+    await world.endpoint((await world.runner()).replica)
+    components = world.streams()
+    async with run(components):
+        await world.until(lambda: world.logs and not components[1].is_ready())
+        broken.clear()
+        await world.until(components[1].is_ready)
