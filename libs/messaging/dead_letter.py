@@ -44,6 +44,7 @@ def _written(record: Record, error: Exception, consumer: str, now: datetime, *, 
         value_truncated=not is_carried,
         headers_base64=tuple((name, base64.b64encode(content or b"").decode()) for name, content in record.headers) if is_carried else (),
     )
+    trace = record.header("traceparent") or record.header("ce_traceparent")
     event = cloudevents.Event(
         id=cloudevents.derived_id(place, data.event_type, consumer),
         type=data.event_type,
@@ -52,7 +53,7 @@ def _written(record: Record, error: Exception, consumer: str, now: datetime, *, 
         data=data,
         correlation_id=_short(record.header("ce_correlationid")) or event_id or place,
         causation_id=event_id,
-        traceparent=telemetry.current_traceparent() or telemetry.checked_traceparent(record.header("traceparent")),
+        traceparent=telemetry.current_traceparent() or telemetry.checked_traceparent(trace),
         causation_source=_short(record.header("ce_source")) if event_id else None,
     )
     key = record.key if record.key is not None and len(record.key) <= _MAX_KEY_BYTES else None

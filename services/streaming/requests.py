@@ -6,7 +6,8 @@ with the header ``inference-header-content-length``; V2 in protobuf (``ModelInfe
 
 References
 ----------
-CloudEvents 1.0.2, Kafka Protocol Binding; extension "dataref" (claim check).
+CloudEvents 1.0.2, Kafka Protocol Binding; extensions "dataref" (claim check) and "distributed tracing".
+W3C Trace Context, sections 3.2 and 3.3.
 """
 
 import base64
@@ -27,7 +28,7 @@ from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferRequest
 from libs.messaging import cloudevents
 from schemas.inference import Signature
-from services.streaming.log import Taken
+from services.streaming.log import Header, Taken
 
 REFERENCE = "sha256:"
 """How a ``dataref`` names an artifact of the platform's store."""
@@ -44,6 +45,7 @@ PROTOBUF = frozenset(
 )
 """Content types of a ``ModelInferRequest``."""
 
+_MAX_TRACESTATE_BYTES = 512
 _HEAD_LENGTH = "inference-header-content-length"
 _JSON = b"application/json"
 _RESULT_NAMESPACE = uuid.UUID("6d696c6c-7261-4365-8000-726573756c74").bytes
@@ -74,6 +76,11 @@ class Request:
         None until JSON has been looked into.
     dataref
         Where the body is, if it is not in the record.
+    traceparent
+        The trace context of the record, else that of its event (CloudEvents' extension "distributed tracing"); a span of ours takes
+        its place.
+    tracing
+        What else of a trace context is carried to the result: the ``tracestate``, and the attributes of the extension as they came.
     """
 
     __slots__ = (
@@ -90,6 +97,7 @@ class Request:
         "result_id",
         "taken",
         "traceparent",
+        "tracing",
     )
 
     def __init__(self, taken: Taken, topic: str, endpoint_name: str) -> None:
@@ -107,7 +115,9 @@ class Request:
         self._head_length = envelope.get(_HEAD_LENGTH)
         self.form = None if content_type == _JSON and self._head_length is None else _form(content_type, self._head_length)
         self.dataref = _text(envelope.get("ce_dataref"))
-        self.traceparent = telemetry.checked_traceparent(_text(envelope.get("traceparent")))
+        own, extension = envelope.get("traceparent") or None, envelope.get("ce_traceparent")
+        self.traceparent = None if own is None else telemetry.checked_traceparent(_text(own))
+        self.tracing = () if own is extension is None else self._trace_context(own, extension, envelope)
         event_id = _usable(identity)
         if event_id is not None and identity is not None:
             self.id, self.id_bytes = event_id, identity
@@ -120,6 +130,19 @@ class Request:
         correlation = envelope.get("ce_correlationid")
         self.correlation_bytes = self.id_bytes if correlation is None or _usable(correlation) is None else correlation
         self.result_id, self.chance = _derived(cause)
+
+    def _trace_context(self, own: bytes | None, extension: bytes | None, envelope: Mapping[str, bytes | None]) -> tuple[Header, ...]:
+        carried: list[Header] = []
+        began = telemetry.checked_traceparent(_text(extension))
+        if own is None:
+            self.traceparent = began
+        if self.traceparent is not None and (state := _tracestate(envelope.get("ce_tracestate" if own is None else "tracestate"))):
+            carried.append(("tracestate", state))
+        if began is not None:
+            carried.append(("ce_traceparent", began.encode()))
+            if state := _tracestate(envelope.get("ce_tracestate")):
+                carried.append(("ce_tracestate", state))
+        return tuple(carried)
 
     @property
     def body(self) -> Any:
@@ -212,8 +235,6 @@ def _structured(value: bytes, envelope: dict[str, bytes | None]) -> Any:
     for name, attribute in _ATTRIBUTES.items():
         if isinstance(text := event.get(attribute), str):
             envelope[name] = text.encode()
-    if isinstance(text := event.get("traceparent"), str):
-        envelope.setdefault("traceparent", text.encode())
     encoded = event.get("data_base64")
     if not isinstance(encoded, str):
         return event.get("data") or b""
@@ -228,6 +249,8 @@ _ATTRIBUTES = {
     "ce_source": "source",
     "ce_correlationid": "correlationid",
     "ce_dataref": "dataref",
+    "ce_traceparent": "traceparent",
+    "ce_tracestate": "tracestate",
     "content-type": "datacontenttype",
 }
 """Headers of the binary mode -> attributes of the structured one."""
@@ -240,6 +263,11 @@ def _text(value: bytes | None) -> str | None:
         return value.decode()
     except UnicodeDecodeError:
         return None
+
+
+def _tracestate(value: bytes | None) -> bytes | None:
+    """What vendors added to a trace context, if it is text and no longer than has to be carried."""
+    return value if value and len(value) <= _MAX_TRACESTATE_BYTES and value.isascii() else None
 
 
 def _usable(value: bytes | None) -> str | None:

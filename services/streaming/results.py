@@ -131,6 +131,7 @@ class ResultWriter:
         ]
         if request.traceparent is not None:
             headers.append(("traceparent", request.traceparent.encode()))
+        headers += request.tracing
         key = request.taken.key
         return Given(self._topic, key if key and len(key) <= MAX_KEY_BYTES else request.id_bytes, value, headers)
 

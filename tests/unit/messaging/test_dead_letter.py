@@ -79,3 +79,7 @@ def test_envelope_attributes_of_any_length_cannot_break_a_dead_letter():
     huge = "x" * 200_000
     event = letter_of(binary(ce_id=huge, ce_correlationid=huge, traceparent=huge))
     assert (event.data.event_id, event.traceparent) == (None, None)
+
+
+def test_the_trace_of_a_cloudevent_goes_on_in_its_dead_letter():
+    assert letter_of(binary(ce_id="e1", ce_traceparent=TRACEPARENT)).traceparent == TRACEPARENT

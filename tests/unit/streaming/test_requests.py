@@ -168,6 +168,43 @@ def test_a_result_says_what_whose_and_by_whom():
     assert result.header("traceparent") == TRACEPARENT
 
 
+OTHER = "00-1af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+
+
+def tracing(result: Record) -> dict[str, str]:
+    """The headers of a result that belong to tracing."""
+    return {name: str(result.header(name)) for name, _ in result.headers if "trace" in name}
+
+
+@pytest.mark.parametrize(
+    ("headers", "carried"),
+    [
+        ({"ce_traceparent": OTHER}, {"traceparent": OTHER, "ce_traceparent": OTHER}),
+        (
+            {"ce_traceparent": OTHER, "ce_tracestate": "a=1"},
+            {"traceparent": OTHER, "tracestate": "a=1", "ce_traceparent": OTHER, "ce_tracestate": "a=1"},
+        ),
+        (
+            {"traceparent": TRACEPARENT, "tracestate": "b=2", "ce_traceparent": OTHER, "ce_tracestate": "a=1"},
+            {"traceparent": TRACEPARENT, "tracestate": "b=2", "ce_traceparent": OTHER, "ce_tracestate": "a=1"},
+        ),
+        ({"traceparent": TRACEPARENT, "tracestate": "b=2"}, {"traceparent": TRACEPARENT, "tracestate": "b=2"}),
+        ({"traceparent": TRACEPARENT, "ce_tracestate": "a=1"}, {"traceparent": TRACEPARENT}),
+        ({"tracestate": "b=2", "ce_tracestate": "a=1"}, {}),
+        ({"ce_traceparent": "00-nonsense", "ce_tracestate": "a=1"}, {}),
+        ({"ce_traceparent": OTHER, "ce_tracestate": "a=" + "x" * 600}, {"traceparent": OTHER, "ce_traceparent": OTHER}),
+    ],
+)
+def test_the_extension_of_distributed_tracing_is_carried_to_the_result(headers, carried):
+    for make in (failed, lambda request: completed(request, [3.5])):
+        assert tracing(make(read(ROWS, **headers))) == carried
+
+
+def test_a_structured_event_carries_its_trace_context_as_attributes():
+    request = read(event(data=ROWS, traceparent=OTHER, tracestate="a=1"))
+    assert tracing(failed(request)) == {"traceparent": OTHER, "tracestate": "a=1", "ce_traceparent": OTHER, "ce_tracestate": "a=1"}
+
+
 def test_a_malformed_traceparent_is_not_passed_on():
     assert failed(read(ROWS, traceparent="00-nonsense")).header("traceparent") is None
 
@@ -204,7 +241,18 @@ bodies = st.dictionaries(
     values,
 )
 headers = st.dictionaries(
-    st.sampled_from(["ce_id", "ce_source", "ce_dataref", "content-type", "traceparent", "inference-header-content-length"]),
+    st.sampled_from(
+        [
+            "ce_id",
+            "ce_source",
+            "ce_dataref",
+            "content-type",
+            "traceparent",
+            "ce_traceparent",
+            "ce_tracestate",
+            "inference-header-content-length",
+        ]
+    ),
     st.sampled_from(["", "1", "application/x-protobuf", "application/json", "99999", "\ufffd"]),
 )
 
