@@ -23,11 +23,12 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from libs.messaging import cloudevents
 from libs.messaging.admin import create_topics
 from libs.messaging.kafka import KafkaBroker
+from libs.messaging.records import Record
 from libs.settings import KafkaSettings
 from schemas.environment import EnvironmentLock
 from schemas.inference import Datatype, Signature, TensorSpec
 from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, EndpointSnapshot
-from schemas.topics import TOPICS, inference_requests, inference_results
+from schemas.topics import DLQ, TOPICS, inference_requests, inference_results
 from tests.conftest import KafkaServer
 from tests.unit.runners import KEY, FakeRunner
 
@@ -35,6 +36,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 PATIENCE_S = 120.0
 SESSION_S = 6.0
+MIXED_RECORDS = int(os.environ.get("STREAMING_TEST_RECORDS", "2000"))
+"""Of which one in a hundred is bad; 100 000 by hand."""
+
 QUIET_AFTER_FAULT_S = 25.0
 """A transaction that nobody ends is aborted by the broker after 10 to 20 s, and hides from readers what came after it until then."""
 
@@ -353,3 +357,62 @@ async def test_records_of_one_key_are_answered_in_their_order(kafka_server, tmp_
     for key in range(7):
         numbers = [number for name, number in order if name == b"key-%d" % key]
         assert numbers == list(range(key, 3_000, 7))
+
+
+BAD: tuple[bytes | None, ...] = (b'{"instances": [[1]]}', b"{", b"", None, b'{"instances": [["a", 1]]}')
+
+
+def publish_mixed(servers: str, topic: str, count: int) -> set[str]:
+    """Publish requests of which one in a hundred cannot be answered; the ids of those."""
+    producer = Producer({"bootstrap.servers": servers, "enable.idempotence": True, "linger.ms": 5, "log_level": 0})
+    bad = set()
+    for number in range(count):
+        body: bytes | None = b'{"instances": [[%d, 0]]}' % number
+        if number % 100 == 50:
+            body = BAD[number // 100 % len(BAD)]
+            bad.add(str(number))
+        while True:
+            try:
+                producer.produce(topic, body, b"%d" % number, headers=[("ce_id", b"%d" % number), ("ce_source", b"/test"), ("none", None)])
+                break
+            except BufferError:
+                producer.poll(0.1)
+    assert producer.flush(60) == 0
+    return bad
+
+
+async def test_bad_records_among_good_ones_stop_nobody(kafka_server, tmp_path):
+    async with stage(kafka_server, tmp_path) as place:
+        servers = place.settings.bootstrap_servers
+        place.start("a")
+        await place.reads("a")
+        began = time.monotonic()
+        bad = await asyncio.to_thread(publish_mixed, servers, place.requests, MIXED_RECORDS)
+        wrong: list[bytes] = []
+
+        def result(message: Any) -> str:
+            body = orjson.loads(message.value())
+            identity = str(dict(message.headers())["ce_causationid"], "ascii")
+            if (body["status"] == "failed") != (identity in bad) or (identity not in bad and body["predictions"] != [float(identity)]):
+                wrong.append(message.value())
+            return identity
+
+        def letter(message: Any) -> str:
+            read = cloudevents.read(Record(DLQ.name, message.key(), message.value(), tuple(message.headers())))
+            return str(read.data.event_id) if read.data.origin_topic == place.requests else ""
+
+        found = Results(servers, inference_results(place.endpoint_name).name, result)
+        await found.until(MIXED_RECORDS, timeout_s=PATIENCE_S)
+        took_s = time.monotonic() - began
+        letters = Results(servers, DLQ.name, letter)
+        await letters.until(len(bad), timeout_s=PATIENCE_S)
+        await found.rest()
+        await letters.rest()
+        assert place.processes["a"].poll() is None
+        log = place.log("a")
+    letters.counts.pop("", None)
+    print(f"{MIXED_RECORDS} records, {len(bad)} of them bad: {took_s:.1f} s, {MIXED_RECORDS / took_s:.0f} records/s")
+    assert wrong == []
+    assert (len(found.counts), found.duplicates) == (MIXED_RECORDS, 0)
+    assert (set(letters.counts), letters.duplicates) == (bad, 0)
+    assert "begins anew" not in log
