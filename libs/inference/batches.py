@@ -91,3 +91,29 @@ def split(outputs: Arrays, counts: Sequence[int]) -> list[Arrays]:
         parts.append({name: array[begin:end] for name, array in outputs.items()})
         begin = end
     return parts
+
+
+def piece(inputs: Arrays, begin: int, rows: int) -> Arrays:
+    """Return some rows of a request, as views."""
+    return {name: array[begin : begin + rows] for name, array in inputs.items()}
+
+
+def concatenated(answers: Sequence[Arrays], counts: Sequence[int]) -> Arrays:
+    """Return the outputs of a request that was asked piece by piece, given how many rows each piece had.
+
+    Raises
+    ------
+    UnevenBatchError
+        A piece's answer does not have its rows, or differs in kind from the others.
+
+    Examples
+    --------
+    >>> concatenated([{"y": np.arange(2)}, {"y": np.arange(1)}], [2, 1])["y"].tolist()
+    [0, 1, 0]
+    """
+    first = answers[0]
+    for outputs, count in zip(answers, counts, strict=True):
+        split(outputs, [count])
+        if [(name, array.shape[1:]) for name, array in outputs.items()] != [(name, array.shape[1:]) for name, array in first.items()]:
+            raise UnevenBatchError("the answers to the pieces of a request have different outputs or shapes")
+    return {name: np.concatenate([outputs[name] for outputs in answers]) for name in first}

@@ -76,7 +76,8 @@ MODEL_SECONDS = _histogram("millrace_model_seconds", "What a batch took inside t
 BATCH_ROWS = _histogram("millrace_batch_rows", "Rows of a batch.", POWERS, *_DEPLOYMENT)
 BATCHES = _counter(
     "millrace_batches_total",
-    "Batches that left, by why: a replica was idle, an earlier one returned, it was full, or its request has to be asked alone.",
+    "Batches that left, by why: a replica was idle, an earlier one returned, it was full, its request has to be asked alone, or it is a "
+    "piece of a large one.",
     *_DEPLOYMENT,
     "reason",
 )

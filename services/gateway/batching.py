@@ -8,14 +8,17 @@ answers of the last and reads the requests of the next.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from libs.inference.batches import is_batchable
-from libs.inference.requests import InferRequest
+from libs.inference.batches import concatenated, is_batchable, split
+from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import Route
 from libs.runner.wire import Arrays, Rows
 from schemas.registry import Replica
 from services.gateway.predictions import Ask, Caller, Done
+
+FIRST_ROWS = 1024
+"""Rows of a batch, and of a piece of a large request, while nothing is known of how long the model takes."""
 
 MOST_PASSED_OVER = 64
 """Requests of other shapes that a batch being formed looks past; what stands behind them waits for the next one."""
@@ -41,6 +44,39 @@ class BatchLimits:
 
 
 @dataclass(slots=True, eq=False)
+class Cut:
+    """A large request that is asked piece by piece, so that nobody waits for the whole of it.
+
+    Attributes
+    ----------
+    rows
+        Rows that have been answered.
+    size
+        Rows of the piece that is asked now.
+    outputs
+        The whole answer, once there is one.
+    """
+
+    rows: int = 0
+    size: int = 0
+    model_s: float = 0.0
+    outputs: Arrays | None = None
+    _answers: list[Arrays] = field(default_factory=list)
+    _counts: list[int] = field(default_factory=list)
+
+    def add(self, response: InferResponse, total: int) -> None:
+        """Take a piece's answer; raises ``UnevenBatchError`` when it does not fit the piece, or the pieces each other."""
+        split(response.outputs, [self.size])
+        self._answers.append(response.outputs)
+        self._counts.append(self.size)
+        self.rows += self.size
+        self.model_s += response.model_s
+        if self.rows == total:
+            self.outputs = concatenated(self._answers, self._counts)
+            self._answers = []
+
+
+@dataclass(slots=True, eq=False)
 class Pending:
     """One accepted request on its way; times are those of ``time.monotonic``, in seconds, and 0 when not reached.
 
@@ -56,6 +92,8 @@ class Pending:
     request: InferRequest | None = None
     key: Hashable = None
     rows: int = 0
+    queued_rows: int = 0
+    cut: Cut | None = None
     size_bytes: int = 0
     queued_s: float = 0.0
     sent_s: float = 0.0
@@ -78,9 +116,12 @@ class Batch:
     Attributes
     ----------
     reason
-        Why it left: a replica was ``idle``, an earlier batch ``returned``, it was ``full``, or its request has to be asked ``alone``.
+        Why it left: a replica was ``idle``, an earlier batch ``returned``, it was ``full``, its request has to be asked ``alone``, or it
+        is a ``piece`` of a large one.
     model_s
         Seconds inside the model, as the runner says.
+    cut
+        The request that this is a piece of.
     """
 
     route: Route
@@ -93,6 +134,17 @@ class Batch:
     outputs: Arrays | None = None
     answered_s: float = 0.0
     model_s: float = 0.0
+    cut: Cut | None = None
+
+    def logged(self) -> "Batch | None":
+        """What the log keeps of it: a request that was cut is kept whole, once its last piece was answered or one has failed."""
+        if self.cut is None:
+            return self
+        (pending,) = self.members
+        is_halfway = self.outputs is not None and self.cut.outputs is None
+        if is_halfway or pending.cut is not self.cut or pending.request is None:
+            return None
+        return replace(self, rows=pending.rows, inputs=dict(pending.request.inputs), outputs=self.cut.outputs)
 
 
 class Pace:
@@ -214,7 +266,21 @@ class Lane:
         return ((batches + self.in_flight) * pace.fixed_s + (self._rows_queued + 1) * pace.row_s) / max(1, len(self._busy))
 
     def _most_rows(self, takes_s: float) -> int:
-        return min(self.limits.rows, self.pace.most_rows(takes_s))
+        return min(self.limits.rows, self.pace.most_rows(takes_s) if self.pace.batches else FIRST_ROWS)
+
+    def _next_rows(self, pending: Pending) -> int:
+        """Rows of a request that are asked at once: all, or those of its next piece. Pieces of a request have about as many rows.
+
+        Where a batch of one row takes long already, a piece takes twice as long: smaller ones would cost more than they spare others.
+        """
+        rows = pending.rows if pending.cut is None else pending.rows - pending.cut.rows
+        if rows <= 1 or not self._batchable:
+            return rows
+        most = self._most_rows(max(self.limits.takes_s, 2 * self.pace.fixed_s))
+        if pending.size_bytes > self.limits.size_bytes:
+            most = min(most, pending.rows * self.limits.size_bytes // pending.size_bytes)
+        pieces = -(-rows // max(1, most))
+        return -(-rows // pieces)
 
     def update(self, route: Route) -> None:
         """Take over which replicas there are now."""
@@ -227,7 +293,9 @@ class Lane:
     def put(self, pending: Pending) -> None:
         """Have a request wait."""
         self._queue[pending] = None
-        self._rows_queued += pending.rows
+        # Of a large request only its next piece comes before others.
+        pending.queued_rows = rows = pending.rows if pending.rows == 1 else self._next_rows(pending)
+        self._rows_queued += rows
 
     def put_back(self, members: list[Pending]) -> None:
         """Have requests that were asked in vain wait again, before all others."""
@@ -239,7 +307,7 @@ class Lane:
         """Free the place of a request that ended while it waited."""
         if pending in self._queue:
             del self._queue[pending]
-            self._rows_queued -= pending.rows
+            self._rows_queued -= pending.queued_rows
 
     def waiting(self) -> list[Pending]:
         """All requests that wait."""
@@ -293,17 +361,34 @@ class Lane:
     def next_batch(self, replica: Replica, now_s: float) -> tuple[list[Pending], str] | None:
         """Take the requests that leave next, with the reason if it is one of their own; None when nobody waits.
 
-        A batch is not made longer than half of the time that its first request has left.
+        A batch is not made longer than half of the time that its first request has left. Of a request that is cut its next piece leaves,
+        by itself: ``cut.size`` rows.
         """
         queue = self._queue
         if not queue:
             return None
         first, _ = queue.popitem(last=False)
-        self._rows_queued -= first.rows
+        self._rows_queued -= first.queued_rows
         self._busy[replica] += 1
-        if first.is_alone or not self._batchable:
+        if not self._batchable:
+            first.cut = None
+            return [first], "alone"
+        if first.rows > 1 and self._is_cut(first):
+            return [first], "piece"
+        if first.is_alone:
             return [first], "alone"
         return self._gather(first, min(self.limits.takes_s, (first.deadline_s - now_s) / 2))
+
+    def _is_cut(self, pending: Pending) -> bool:
+        """Whether a request is asked in pieces; then the next one is chosen."""
+        rows = self._next_rows(pending)
+        if pending.cut is None:
+            if rows == pending.rows:
+                return False
+            pending.cut = Cut()
+            pending.key = object()  # what is left of it is joined to nobody's
+        pending.cut.size = rows
+        return True
 
     def _gather(self, first: Pending, takes_s: float) -> tuple[list[Pending], str]:
         members, rows, size_bytes, passed_over = [first], first.rows, first.size_bytes, 0
@@ -324,7 +409,7 @@ class Lane:
                 size_bytes += pending.size_bytes
         for pending in fitting:
             del self._queue[pending]
-        self._rows_queued -= rows - first.rows
+            self._rows_queued -= pending.queued_rows
         members += fitting
         return members, reason
 

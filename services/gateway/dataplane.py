@@ -13,13 +13,13 @@ from time import monotonic
 from typing import Protocol as Interface
 
 from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceError, NotFoundError, NotReadyError, OverloadedError
-from libs.inference.batches import UnevenBatchError, batch_key, join, row_count, split
+from libs.inference.batches import UnevenBatchError, batch_key, join, piece, row_count, split
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError, RunnerHungError
 from libs.inference.pool import RunnerPool
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.routing import NoReplicaError, Route
 from schemas.registry import Replica
-from services.gateway.batching import Batch, BatchLimits, Lane, Pending, size_of
+from services.gateway.batching import Batch, BatchLimits, Cut, Lane, Pending, size_of
 from services.gateway.catalog import Catalog
 from services.gateway.errors import ClientGoneError, InternalError, RunnersLostError
 from services.gateway.exchange import Outgoing
@@ -296,7 +296,8 @@ class DataPlane:
         rows = 0
         traceparent = None
         for pending in members:
-            pending.sent_s = now
+            if pending.cut is None or not pending.cut.rows:
+                pending.sent_s = now
             pending.attempts += 1
             requests.append(pending.request)  # type: ignore[arg-type]
             rows += pending.rows
@@ -304,7 +305,11 @@ class DataPlane:
             if pending.patience is not None:
                 pending.patience.cancel()
                 pending.patience = None
-        batch = Batch(lane.route, replica, members, rows, reason, now, join(requests))
+        cut = members[0].cut
+        if cut is None:
+            batch = Batch(lane.route, replica, members, rows, reason, now, join(requests))
+        else:
+            batch = Batch(lane.route, replica, members, cut.size, reason, now, dict(piece(requests[0].inputs, cut.rows, cut.size)), cut=cut)
         self._recorder.batch_sent(batch)
         timeout_s = max(pending.deadline_s for pending in members) - now
         self._pool.send(
@@ -352,6 +357,9 @@ class DataPlane:
         if isinstance(answer, RunnerGoneError | NotReadyError | RunnerHungError):
             lane.lose(batch.replica)
             self._probe(batch.replica)
+        if batch.cut is not None and isinstance(answer, InferResponse):
+            self._take_piece(lane, batch, batch.cut, answer)
+            return
         if lane.queued:
             # Before the answers are written: the replica works on while they are.
             self._flush(lane, "returned")
@@ -362,17 +370,56 @@ class DataPlane:
         try:
             parts = [answer.outputs] if len(batch.members) == 1 else split(answer.outputs, [pending.rows for pending in batch.members])
         except UnevenBatchError as error:
-            log.warning("%s answers %s: its requests are asked one at a time from now on", batch.route.deployment_id, error)
-            lane.ask_alone()
-            uneven = ModelError(str(error))
-            self._recorder.batch_ended(batch, uneven)
-            self._ask_alone(lane, batch)
+            self._found_uneven(lane, batch, error)
             return
         for pending, outputs in zip(batch.members, parts, strict=True):
             if not pending.is_over:
                 pending.model_s = batch.model_s
                 self._complete(pending, batch.route, InferResponse(outputs))
         self._recorder.batch_ended(batch, None)
+        self._export_span(batch, answer)
+
+    def _take_piece(self, lane: Lane, batch: Batch, cut: Cut, answer: InferResponse) -> None:
+        """Have a request that is cut wait for its next piece, behind all others, or answer it if this was the last."""
+        (pending,) = batch.members
+        if not lane.is_batchable:
+            # Found out in the meantime, by another batch.
+            pending.cut = None
+            self._recorder.batch_ended(batch, None)
+            self._ask_alone(lane, batch)
+            return
+        try:
+            cut.add(answer, pending.rows)
+        except UnevenBatchError as error:
+            pending.cut = None
+            self._found_uneven(lane, batch, error)
+            return
+        pending.model_s = cut.model_s
+        if cut.outputs is None and not pending.is_over:
+            pending.attempts -= 1  # what counts are the runners that were lost over it
+            self._queue_next_piece(lane, pending)
+        if lane.queued:
+            self._flush(lane, "returned")
+        if cut.outputs is not None and not pending.is_over:
+            self._complete(pending, batch.route, InferResponse(cut.outputs))
+        self._recorder.batch_ended(batch, None)
+        self._export_span(batch, answer)
+
+    def _queue_next_piece(self, lane: Lane, pending: Pending) -> None:
+        if not lane.route.replicas:
+            self._route_again(pending)
+            return
+        lane.put(pending)
+        if lane.is_away:
+            self._wait_for_replica(pending)
+
+    def _found_uneven(self, lane: Lane, batch: Batch, error: UnevenBatchError) -> None:
+        log.warning("%s answers %s: its requests are asked one at a time from now on", batch.route.deployment_id, error)
+        lane.ask_alone()
+        self._recorder.batch_ended(batch, ModelError(str(error)))
+        self._ask_alone(lane, batch)
+
+    def _export_span(self, batch: Batch, answer: InferResponse) -> None:
         if answer.span is not None:
             for pending in batch.members:
                 if pending.caller.traceparent is not None:
@@ -534,6 +581,7 @@ class DataPlane:
 
     def _route_again(self, pending: Pending) -> None:
         target = pending.ask.target
+        pending.cut = None  # another version may answer now: from its first row
         try:
             route = self._catalog.routing.choose(target.endpoint_name, target.version, target.alias, random=self._choose())
         except NoReplicaError:

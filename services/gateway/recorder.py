@@ -225,8 +225,8 @@ class Recorder:
             instruments.batch_error(error)
             if error.retryable or len(batch.members) > 1:
                 return
-        if kept.keeps_payload:
-            self._capture(kept, batch)
+        if kept.keeps_payload and (logged := batch.logged()) is not None:
+            self._capture(kept, logged)
 
     # Life
 

@@ -124,7 +124,9 @@ class Settings(BaseSettings):
         5_000, ge=0, description="Longest time a predict request waits for a replica that is being restarted, in milliseconds."
     )
     batch_rows: int = Field(16_384, ge=1, le=1_000_000, description="Most rows of one batch.")
-    batch_bytes: int = Field(8 * 2**20, ge=1_024, description="Largest inputs of one batch, in bytes; a larger request goes alone.")
+    batch_bytes: int = Field(
+        8 * 2**20, ge=1_024, description="Largest inputs of one batch, in bytes; a larger request is cut, or goes alone."
+    )
     batches_in_flight: int = Field(
         2,
         ge=1,

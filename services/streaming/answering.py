@@ -15,7 +15,7 @@ from typing import TypeVar
 from opentelemetry.trace import Status, StatusCode
 
 from libs.errors import DeadlineExceededError, InvalidMessage, MillraceError, NotFoundError, NotReadyError
-from libs.inference.batches import UnevenBatchError, split
+from libs.inference.batches import UnevenBatchError, concatenated, is_batchable, piece, row_count, split
 from libs.inference.errors import InvalidInputError, ModelError, RunnerGoneError
 from libs.inference.pool import RunnerPool
 from libs.inference.requests import InferRequest, InferResponse
@@ -54,6 +54,9 @@ _SILENT_PAUSE_S = 5.0
 _PAUSE_S = 0.2
 _FEW_ROWS = 32
 """Fewer rows are not spread over replicas."""
+
+_PIECE_ROWS = 256
+"""Pieces of a large record are no smaller, however slow the model: each costs a call."""
 
 _MOST_LOGGED = 5
 
@@ -242,7 +245,30 @@ class Answerer:
             await self._ask(half, turn)
 
     async def _infer(self, batch: Batch, replica: Replica) -> InferResponse:
+        """Ask a batch; a record of many rows piece by piece, so that no call takes long and requests of others get their turn."""
         self._batch_records.observe(len(batch.items))
+        size = max(self._pace(batch.route).count, _PIECE_ROWS)
+        rows = (row_count(InferRequest(batch.inputs)) or 1) if len(batch.items) == 1 else 0
+        if rows <= size or batch.route.deployment_id in self._uneven or not is_batchable(batch.route.signature):
+            return await self._call(batch, replica)
+        try:
+            return await self._infer_pieces(batch, replica, rows, size)
+        except UnevenBatchError as error:
+            log.warning("%s: %s; its records are asked one at a time from now on", batch.route.deployment_id, error)
+            self._uneven.add(batch.route.deployment_id)
+            return await self._call(batch, replica)
+
+    async def _infer_pieces(self, batch: Batch, replica: Replica, rows: int, size: int) -> InferResponse:
+        answers: list[InferResponse] = []
+        counts: list[int] = []
+        for begin in range(0, rows, size):
+            counts.append(min(size, rows - begin))
+            part = Batch(batch.route, batch.items, counts[-1:], piece(batch.inputs, begin, counts[-1]), batch.outputs)
+            answers.append(await self._call(part, replica))
+        outputs = concatenated([answer.outputs for answer in answers], counts)
+        return InferResponse(outputs, model_s=sum(answer.model_s for answer in answers))
+
+    async def _call(self, batch: Batch, replica: Replica) -> InferResponse:
         traceparent = spans.sampled(batch.items) if self._parts.is_traced else None
         began = asyncio.get_running_loop().time()
         response = await self._runners.infer(batch, replica, traceparent)

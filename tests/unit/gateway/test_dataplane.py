@@ -79,6 +79,7 @@ class Pool:
 class Recorder:
     refuses: MillraceError | None = None
     notes: list[tuple[Any, ...]] = field(default_factory=list)
+    logged: list[tuple[int, int, int | None]] = field(default_factory=list)
 
     def refusal(self, _: str) -> MillraceError | None:
         return self.refuses
@@ -95,7 +96,9 @@ class Recorder:
     def batch_sent(self, batch: Batch) -> None:
         self.notes.append(("sent", batch.reason, batch.rows))
 
-    def batch_ended(self, batch: Batch, error: MillraceError | None) -> None: ...
+    def batch_ended(self, batch: Batch, error: MillraceError | None) -> None:
+        if (kept := batch.logged()) is not None:
+            self.logged.append((kept.rows, len(kept.inputs["x"]), None if kept.outputs is None else len(kept.outputs["y"])))
 
     def ends(self) -> dict[str, list[Outcome]]:
         found: dict[str, list[Outcome]] = {}
@@ -775,7 +778,8 @@ async def test_whatever_happens_every_request_ends_exactly_once_and_nothing_is_l
                 case 0 | 1 | 2 | 3:
                     with suppress(OverloadedError):
                         width = rng.choice([1, 1, 2])
-                        asked.append(bench.ask(*[(number, *range(width))] * rng.randint(1, 3), timeout_ms=rng.choice([None, None, 5])))
+                        rows = rng.choice([1, 2, 3, 30])
+                        asked.append(bench.ask(*[(number, *range(width))] * rows, timeout_ms=rng.choice([None, None, 5])))
                 case 4 | 5 | 6 if answered < len(bench.pool.asked):
                     answer(strange)
                 case 7 if asked:
@@ -797,5 +801,190 @@ async def test_whatever_happens_every_request_ends_exactly_once_and_nothing_is_l
         assert len(ends) == len(asked) > 30
         assert all(len(outcomes) == 1 for outcomes in ends.values())
         assert all(pending.is_over and pending.timer is None and pending.patience is None for pending in asked)
-        assert [(lane.queued, lane.in_flight) for lane in bench.plane.lanes.values()] == [(0, 0)] * len(bench.plane.lanes)
+        lanes = bench.plane.lanes.values()
+        assert [(lane.queued, lane.in_flight, lane._rows_queued) for lane in lanes] == [(0, 0, 0)] * len(lanes)
         assert {Outcome.COMPLETED, Outcome.FAILED} <= {outcomes[0] for outcomes in ends.values()}
+
+
+UNBATCHABLE = SIGNATURE.model_copy(update={"batchable": False})
+
+
+def large(bench: Bench, first: int, rows: int, **arguments: Any) -> Pending:
+    """A request of rows whose first numbers count up."""
+    return bench.ask(*((number, 0) for number in range(first, first + rows)), **arguments)
+
+
+def sums(first: int, rows: int) -> str:
+    return repr([float(number) for number in range(first, first + rows)])
+
+
+async def test_requests_to_a_model_whose_rows_depend_on_each_other_are_never_joined_cut_or_halved():
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        bench.route_to(R0, signature=UNBATCHABLE)
+        large(bench, 1, 10)
+        large(bench, 100, 2)
+        large(bench, 200, 2)
+        await turn()
+        bench.pool.asked[0].answer()
+        bench.pool.asked[1].answer(ModelError("raised"))
+        bench.pool.asked[2].answer()
+        assert [len(asked.rows) for asked in bench.pool.asked] == [10, 2, 2]
+        assert bench.answers() == {"1": sums(1, 10), "200": sums(200, 2)}
+        assert bench.errors() == {"100": ModelError}
+
+
+async def test_a_large_request_is_asked_piece_by_piece_and_others_get_their_turn_between():
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        large(bench, 1, 10)
+        await turn()
+        bench.ask((50, 0))
+        bench.ask((51, 0))
+        await turn()
+        for asked in bench.pool.each_after(-1):
+            asked.answer()
+        assert [asked.rows for asked in bench.pool.asked] == [[1, 2, 3, 4], [50, 51], [5, 6, 7], [8, 9, 10]]
+        assert bench.answers() == {"1": sums(1, 10), "50": "[50.0]", "51": "[51.0]"}
+        assert bench.recorder.ends() == {"1": ["completed"], "50": ["completed"], "51": ["completed"]}
+        assert next(note for note in bench.recorder.notes if note[0] == "sent") == ("sent", "piece", 4)
+        assert bench.recorder.logged == [(2, 2, 2), (10, 10, 10)]
+
+
+async def test_what_is_recorded_of_a_cut_request_is_that_of_all_its_pieces():
+    async with running(batch=BatchLimits(rows=4, takes_s=10)) as bench:
+        pending = large(bench, 1, 8)
+        await turn()
+        left_s = pending.sent_s
+        for asked in bench.pool.each_after(-1):
+            asked.answer(model_s=0.25)
+        assert (pending.rows, pending.attempts, pending.model_s, pending.sent_s) == (8, 1, 0.5, left_s)
+
+
+async def test_a_piece_has_so_many_rows_as_take_the_time_of_a_batch():
+    async with running(batch=BatchLimits(takes_s=0.1)) as bench:
+        large(bench, 1, 2500)
+        await turn()
+        assert len(bench.pool.asked[0].rows) <= 1024
+        first = bench.pool.asked[0]
+        first.answer(model_s=0.01 * len(first.rows))
+        assert len(bench.pool.asked[1].rows) in range(5, 11)
+
+
+async def test_where_one_row_takes_as_long_as_many_a_large_request_is_not_cut_into_rows():
+    async with running(batch=BatchLimits(takes_s=0.1)) as bench:
+        bench.ask((1, 0))
+        await turn()
+        bench.pool.asked[0].answer()
+        pace = bench.plane.lanes["sums.sums.1"].pace
+        for _ in range(200):
+            pace.add(1, 0.5)
+            pace.add(100, 0.501)
+        large(bench, 1000, 5000)
+        await turn()
+        assert len(bench.pool.asked[1].rows) >= 1000
+
+
+async def test_pieces_have_a_limit_of_bytes():
+    async with running(batch=BatchLimits(size_bytes=64)) as bench:
+        large(bench, 1, 10)
+        await turn()
+        for asked in bench.pool.each_after(-1):
+            asked.answer()
+        assert max(len(asked.rows) for asked in bench.pool.asked) == 4
+        assert bench.answers() == {"1": sums(1, 10)}
+
+
+async def test_a_piece_that_loses_its_runner_is_asked_again_and_those_before_it_are_not():
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        bench.route_to(R0, R1)
+        pending = large(bench, 1, 12)
+        await turn()
+        bench.pool.asked[0].answer()
+        bench.pool.asked[1].answer(RunnerGoneError("gone"))
+        bench.pool.asked[2].answer()
+        bench.pool.asked[3].answer()
+        assert [asked.rows[0] for asked in bench.pool.asked] == [1, 5, 5, 9]
+        assert bench.pool.asked[2].replica != bench.pool.asked[1].replica
+        assert bench.answers() == {"1": sums(1, 12)}
+        assert pending.attempts == 2
+
+
+async def test_a_large_request_that_loses_two_runners_fails_whichever_pieces_they_had():
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        bench.pool.pinged.set()
+        bench.route_to(R0, R1)
+        large(bench, 1, 12)
+        await turn()
+        bench.pool.asked[0].answer(RunnerGoneError("gone"))
+        bench.pool.asked[1].answer()
+        await turn()
+        bench.pool.asked[2].answer(RunnerGoneError("gone"))
+        await turn()
+        assert bench.errors() == {"1": RunnersLostError}
+        assert bench.recorder.ends() == {"1": ["failed"]}
+
+
+@pytest.mark.parametrize("error", [InvalidInputError("NaN"), ModelError("raised"), RunnerHungError("hung")])
+async def test_a_piece_that_fails_fails_its_request_and_no_more_of_it_is_asked(error):
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        large(bench, 1, 12)
+        await turn()
+        bench.pool.asked[0].answer()
+        bench.pool.asked[1].answer(error)
+        await turn()
+        assert len(bench.pool.asked) == 2
+        assert bench.errors() == {"1": type(error)}
+        assert len(bench.recorder.ends()["1"]) == 1
+        assert bench.recorder.logged == [(12, 12, None)]
+
+
+async def test_no_more_is_asked_of_a_large_request_whose_client_went_away():
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        pending = large(bench, 1, 12)
+        await turn()
+        bench.plane.cancel(pending)
+        bench.pool.asked[0].answer()
+        await turn()
+        assert len(bench.pool.asked) == 1
+        assert bench.plane.in_flight == 0
+
+
+@pytest.mark.parametrize("outputs", [{"y": np.zeros(1)}, {"z": np.zeros(4)}, {"y": np.zeros((4, 2))}])
+async def test_a_large_request_is_asked_whole_when_its_pieces_do_not_fit_together(outputs):
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        large(bench, 1, 8)
+        await turn()
+        bench.pool.asked[0].answer()
+        bench.pool.asked[1].done(InferResponse(outputs))
+        bench.pool.asked[2].answer()
+        assert [len(asked.rows) for asked in bench.pool.asked] == [4, 4, 8]
+        assert bench.answers() == {"1": sums(1, 8)}
+        assert bench.recorder.logged == [(8, 8, 8)]
+
+
+async def test_a_large_request_that_another_version_goes_on_with_begins_again():
+    async with running(batch=BatchLimits(rows=4)) as bench:
+        large(bench, 1, 12)
+        await turn()
+        bench.pool.asked[0].answer()
+        bench.route_to(R1, version=2)
+        await turn()
+        bench.pool.asked[1].answer()
+        await turn()
+        for asked in bench.pool.each_after(1):
+            asked.answer()
+        assert [asked.rows[0] for asked in bench.pool.asked if asked.replica == R1] == [1, 5, 9]
+        assert bench.answers() == {"1": sums(1, 12)}
+
+
+async def test_a_large_request_that_waits_has_nobody_refused():
+    async with running(batch=BatchLimits(takes_s=0.1, wait_s=1.0)) as bench:
+        bench.ask((1, 0))
+        await turn()
+        pace = bench.plane.lanes["sums.sums.1"].pace
+        for _ in range(200):
+            pace.add(1, 0.001)
+            pace.add(100, 0.1)
+        large(bench, 1000, 20_000)
+        for number in range(2, 10):
+            bench.ask((number, 0))
+        assert bench.plane.lanes["sums.sums.1"].wait_s() < 1.0

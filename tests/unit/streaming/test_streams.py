@@ -88,6 +88,26 @@ async def test_the_order_stands_also_when_answers_come_out_of_order(world, run):
     assert quick.asked
 
 
+async def test_a_record_of_many_rows_is_asked_piece_by_piece(world, run):
+    runner = await world.runner()
+    await world.endpoint(runner.replica)
+    await world.ask({"instances": [[number, 0] for number in range(1000)]}, {"instances": [[7, 0]]})
+    async with run(world.streams()):
+        large, small = await world.results(2)
+    assert large["predictions"] == list(range(1000))
+    assert small["predictions"] == [7]
+    assert max(map(len, runner.rows)) <= 256
+
+
+async def test_records_of_a_model_whose_rows_depend_on_each_other_are_neither_joined_nor_cut(world, run):
+    runner = await world.runner()
+    await world.endpoint(runner.replica, signature=signature().model_copy(update={"batchable": False}))
+    await world.ask({"instances": [[number, 0] for number in range(1000)]}, {"instances": [[7, 0]]}, {"instances": [[8, 0]]})
+    async with run(world.streams()):
+        await world.results(3)
+    assert sorted(map(len, runner.rows)) == [1, 1, 1000]
+
+
 async def test_a_slow_model_is_asked_fewer_rows_at_once(world, run):
     runner = await world.runner()
     runner.behave = lambda number: setattr(runner, "model_s", 0.01 * len(runner.rows[-1]))
