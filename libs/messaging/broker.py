@@ -18,6 +18,16 @@ class Producer(Protocol):
 
     async def stop(self) -> None: ...
 
+    async def connect(self) -> None:
+        """Be connected; nothing is written. ``send`` does it by itself: this tells "not written" from "perhaps written".
+
+        Raises
+        ------
+        TransientError
+            When the broker cannot be reached in time.
+        """
+        ...
+
     async def send(self, records: Sequence[Record]) -> None:
         """Send records in order and wait until the broker has all of them.
 

@@ -62,6 +62,9 @@ class KafkaProducer(_KafkaClient):
         self._is_started = False
         await self._drop(self._producer)
 
+    async def connect(self) -> None:
+        await self._usable()
+
     async def send(self, records: Sequence[Record]) -> None:
         refuse_oversized(records)
         producer = await self._usable()

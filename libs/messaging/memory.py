@@ -111,6 +111,9 @@ class MemoryProducer:
     async def stop(self) -> None:
         return None
 
+    async def connect(self) -> None:
+        self._broker.check_reachable()
+
     async def send(self, records: Sequence[Record]) -> None:
         refuse_oversized(records)
         if self._pending is not None:

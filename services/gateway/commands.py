@@ -1,6 +1,7 @@
 """Sends a command to the log and waits until it was answered and the answer can be read back."""
 
 import asyncio
+import logging
 from dataclasses import dataclass
 
 from libs.errors import (
@@ -19,7 +20,10 @@ from libs.messaging.records import Record
 from schemas.base import Command, Payload
 from schemas.registry import CommandRefused, RefusalKind
 from services.gateway.catalog import Catalog, shows
+from services.gateway.errors import DoubtfulWriteError
 from services.gateway.journal import Journal, Operation, opened
+
+log = logging.getLogger(__name__)
 
 SOURCE = "/millrace/gateway"
 
@@ -32,7 +36,7 @@ _REFUSALS: dict[RefusalKind, type[MillraceError]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A command that was accepted by the log; ``fact`` None: not answered, or not readable, in time."""
+    """A command that is in the log, or may be; ``fact`` None: not answered, or not readable, in time."""
 
     command_id: str
     fact: Payload | None
@@ -60,6 +64,8 @@ class Commander:
     async def submit(self, command: Command, wait_s: float) -> Outcome:
         """Publish a command and wait up to ``wait_s`` for its answer, and until the state shows it.
 
+        One that may have been written is not refused: it may be carried out, and whoever sent it again would have it done twice.
+
         Raises
         ------
         InvalidArgumentError, NotFoundError, ConflictError
@@ -67,32 +73,57 @@ class Commander:
         InvalidMessage
             The registry could not handle it; it is in the dead-letter topic.
         TransientError
-            The broker did not take it in time.
+            The broker cannot be reached: the command was not written.
         PayloadTooLargeError
             It is larger than one record may be.
         """
+        now_s = asyncio.get_running_loop().time
+        begun_s = now_s()
         with publish_span(command):
             event = cloudevents.new_event(command, SOURCE, now=self._clock())
             self._journal.expect(event.id, event.type)
-            await self.send(cloudevents.write(event))
-        deadline = asyncio.get_running_loop().time() + wait_s
-        operation = await self._journal.changes.until(lambda: self._decided(event.id), wait_s)
+            try:
+                await self.send(cloudevents.write(event))
+                begun_s = now_s()
+            except DoubtfulWriteError as error:
+                log.warning("the command %s may have been written: %s", event.id, error)
+        deadline_s = begun_s + wait_s
+        operation = await self._journal.changes.until(lambda: self._decided(event.id), max(0.0, deadline_s - now_s()))
         if operation is None:
             return Outcome(event.id, None)
         fact = answer(operation)
-        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        left_s = max(0.0, deadline_s - now_s())
         shown = await self._catalog.changes.until(lambda: shows(self._catalog, command, event.id, fact) or None, left_s)
         return Outcome(event.id, fact if shown else None)
 
     async def send(self, record: Record) -> None:
-        """Send one record; raises ``TransientError`` when the broker does not take it in time, ``PayloadTooLargeError``."""
+        """Send one record.
+
+        Raises
+        ------
+        TransientError
+            The broker cannot be reached in time; the record was not written.
+        DoubtfulWriteError
+            It was sent, and the broker did not say in time that it has it.
+        PayloadTooLargeError
+            It is larger than one record may be; it was not written.
+        """
+        is_sent = False
         try:
             async with asyncio.timeout(self._broker_timeout_s):
+                await self._producer.connect()
+                is_sent = True
                 await self._producer.send([record])
         except TimeoutError as error:
-            raise TransientError(
-                f"the broker did not take the record within {self._broker_timeout_s:g} s; it may still be carried out"
-            ) from error
+            if is_sent:
+                raise DoubtfulWriteError(
+                    f"the broker did not take the record within {self._broker_timeout_s:g} s; it may still be carried out"
+                ) from error
+            raise TransientError(f"the broker could not be reached within {self._broker_timeout_s:g} s") from error
+        except TransientError as error:
+            if is_sent:
+                raise DoubtfulWriteError(f"the broker may have the record: {error.message}") from error
+            raise
 
     def _decided(self, command_id: str) -> Operation | None:
         operation = self._journal.operation(command_id)

@@ -7,6 +7,7 @@ MillraceError
 ├── UnsupportedMediaTypeError a body of a type that is not taken here · 415
 ├── ClientGoneError         nobody is left to be told
 ├── RunnersLostError        a request has cost two runners; it is not tried again · 503
+├── DoubtfulWriteError      a record may have been written, or not · 503
 ├── LogUnavailableError     an endpoint's log must be complete and cannot be written · 503
 └── InternalError           a bug; what happened is in the log · 500
 """
@@ -14,7 +15,7 @@ MillraceError
 from collections.abc import Sequence
 from http import HTTPStatus
 
-from libs.errors import MillraceError, NotReadyError
+from libs.errors import MillraceError, NotReadyError, TransientError
 
 
 class ForbiddenError(MillraceError):
@@ -57,6 +58,10 @@ class RunnersLostError(MillraceError):
     """A request has cost two runners; it may well cost the next one, so nobody shall send it again."""
 
     http_status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class DoubtfulWriteError(TransientError):
+    """The broker was sent a record and did not say that it has it: it may have been written."""
 
 
 class LogUnavailableError(NotReadyError):

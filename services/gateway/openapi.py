@@ -114,15 +114,23 @@ def _predicts(tag: str, summary: str, takes: Mapping[str, str], gives: Mapping[s
     return Operation(tag, summary, gives, takes, {202: "AcceptedOperation"}, **{"errors": _PREDICT, **more}, headers=shown, predicts=True)
 
 
-_V1 = _predicts("V1", "Predict.", {JSON: "V1Request", _EVENT: "CloudEvent"}, {JSON: "V1Response", _EVENT: "CloudEvent"})
+_TYPED = (*_PREDICT, 415)
+_V1 = _predicts("V1", "Predict.", {JSON: "V1Request", _EVENT: "CloudEvent"}, {JSON: "V1Response", _EVENT: "CloudEvent"}, errors=_TYPED)
 _V1_MODEL = _told("V1", "Whether an endpoint answers, and the state of its versions.", "V1Model", errors=(404,), also={503: "V1Model"})
-_V2 = _predicts("V2", "Infer.", {JSON: "V2Request", _BINARY: ""}, {JSON: "V2Response", _BINARY: ""}, "inference-header-content-length")
+_V2 = _predicts(
+    "V2",
+    "Infer.",
+    {JSON: "V2Request", _BINARY: ""},
+    {JSON: "V2Response", _BINARY: ""},
+    "inference-header-content-length",
+    errors=_TYPED,
+)
 _V2_MODEL = _told("V2", "What an endpoint takes and gives.", "V2Model", errors=(404, 503))
 _V2_READY = _told("V2", "Whether an endpoint answers.", "V2Ready", errors=(404,), also={503: "NotReady"})
 _V2_CONFIG = _told("V2", "The same in the words of Triton's model configuration.", "V2Config", errors=(404, 503))
 _V2_SERVER = _told("V2", "Name, version and extensions of the server.", "V2Server")
 _GOOGLE: Mapping[str, Any] = {"error": "GoogleError"}
-_VERTEX = _predicts("Vertex AI", "Predict.", {JSON: "VertexRequest"}, {JSON: "VertexResponse"}, **_GOOGLE)
+_VERTEX = _predicts("Vertex AI", "Predict.", {JSON: "VertexRequest"}, {JSON: "VertexResponse"}, errors=_TYPED, **_GOOGLE)
 _RAW_FORMS = {_CSV: "", _NPY: "", _BINARY: ""}
 _VERTEX_RAW = _predicts(
     "Vertex AI",

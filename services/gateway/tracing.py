@@ -50,7 +50,8 @@ class Tracing:
 
     def begin(self, name: str, traceparent: bytes | None, attributes: Mapping[str, str | int]) -> Span | None:
         """A server span of a request that is wanted; None when its caller does not trace, or says nothing that can be read."""
-        parent = telemetry.extract(traceparent.decode("latin-1")) if traceparent is not None else None
+        is_readable = traceparent is not None and b"," not in traceparent  # several are joined by commas
+        parent = telemetry.extract(traceparent.decode("latin-1")) if traceparent is not None and is_readable else None
         if traceparent is not None and not trace.get_current_span(parent).get_span_context().is_valid and not self.wants(None):
             return None
         span = telemetry.tracer().start_span(name, parent, SpanKind.SERVER, {**attributes, telemetry.DECIDED: True})

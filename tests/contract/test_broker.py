@@ -78,6 +78,15 @@ async def test_a_record_comes_back_as_it_was_sent(log):
     assert (third.key, third.value, third.offset) == (None, b"keyless", 2)
 
 
+async def test_connecting_writes_nothing(log):
+    (topic,) = await log.topics(1)
+    async with started(log.broker.producer()) as producer:
+        await producer.connect()
+        await producer.send(numbered(topic, 1))
+        await producer.connect()
+    assert values(await read(log, topic)) == ["0"]
+
+
 async def test_records_of_one_key_stay_in_order(log):
     (topic,) = await log.topics(1)
     async with started(log.broker.producer()) as producer:

@@ -4,10 +4,36 @@ from functools import lru_cache
 
 from libs.errors import InvalidArgumentError
 from services.gateway.doors.compression import decompressed
+from services.gateway.errors import UnsupportedMediaTypeError
 from services.gateway.exchange import Incoming
 from services.gateway.predictions import Prediction, Target
 
 MAX_TIMEOUT_MS = 3_600_000
+
+OCTETS = "application/octet-stream"
+NPY = "application/x-npy"
+
+_OTHER_KINDS = frozenset({"audio", "font", "image", "model", "multipart", "video"})
+_OTHER_TYPES = frozenset(
+    {
+        OCTETS,
+        NPY,
+        "application/gzip",
+        "application/msgpack",
+        "application/pdf",
+        "application/pickle",
+        "application/protobuf",
+        "application/python-pickle",
+        "application/vnd.msgpack",
+        "application/x-msgpack",
+        "application/x-npz",
+        "application/x-pickle",
+        "application/x-protobuf",
+        "application/x-python-pickle",
+        "application/zip",
+    }
+)
+"""What is plainly no JSON. What clients put there without thinking (``curl -d``: a form; ``text/plain``; nothing) is not among it."""
 
 
 def target_of(incoming: Incoming) -> Target:
@@ -21,6 +47,27 @@ def _target(endpoint_name: str, version: str | None, alias: str | None) -> Targe
     if version is None:
         return Target(endpoint_name, alias=alias)
     return Target(endpoint_name, int(version)) if version.isdigit() else Target(endpoint_name, alias=version)
+
+
+def check_content_type(incoming: Incoming, *taken: str) -> None:
+    """Refuse a body whose content type says that it is plainly something else than JSON, and none of the types that are ``taken``.
+
+    Raises
+    ------
+    UnsupportedMediaTypeError
+        It is.
+    """
+    content_type = incoming.headers.get(b"content-type")
+    other = None if content_type is None else _other(content_type)
+    if other is not None and other not in taken:
+        raise UnsupportedMediaTypeError(f"the content type {other[:80]!r} is not taken here; {', '.join(('application/json', *taken))} is")
+
+
+@lru_cache(maxsize=256)
+def _other(content_type: bytes) -> str | None:
+    """The media type, if it is plainly no JSON."""
+    media_type = content_type.partition(b";")[0].strip().lower().decode("latin-1")
+    return media_type if media_type in _OTHER_TYPES or media_type.partition("/")[0] in _OTHER_KINDS else None
 
 
 def content_of(incoming: Incoming, max_bytes: int) -> bytes | bytearray:

@@ -16,7 +16,7 @@ from schemas.registry import DeploymentSnapshot, DeploymentStatus
 from services.gateway.catalog import Catalog
 from services.gateway.doors import events
 from services.gateway.doors.compression import compressed
-from services.gateway.doors.headers import content_of, target_of, timeout_ms, who
+from services.gateway.doors.headers import check_content_type, content_of, target_of, timeout_ms, who
 from services.gateway.exchange import Incoming, Outgoing, json_answer
 from services.gateway.predictions import Ask, Handler, Prediction, Protocol, Read
 
@@ -46,6 +46,7 @@ def handlers(catalog: Catalog) -> Mapping[tuple[str, str], Handler]:
 
 
 def _read(incoming: Incoming, max_bytes: int) -> Ask:
+    check_content_type(incoming)
     if events.is_structured(incoming.headers) or b"ce-specversion" in incoming.headers:
         return _read_event(incoming, max_bytes)
 

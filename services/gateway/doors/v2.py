@@ -19,7 +19,7 @@ from schemas.inference import Signature, TensorSpec
 from schemas.registry import DeploymentSnapshot, DeploymentStatus
 from services.gateway.catalog import Catalog
 from services.gateway.doors.compression import compressed
-from services.gateway.doors.headers import content_of, target_of, timeout_ms, who
+from services.gateway.doors.headers import OCTETS, check_content_type, content_of, target_of, timeout_ms, who
 from services.gateway.exchange import Incoming, Outgoing, json_answer
 from services.gateway.health import Health
 from services.gateway.predictions import Ask, Handler, Prediction, Protocol, Read, Target
@@ -58,6 +58,7 @@ def handlers(catalog: Catalog, health: Health, batch_rows: int) -> Mapping[tuple
 
 
 def _read(incoming: Incoming, max_bytes: int) -> Ask:
+    check_content_type(incoming, OCTETS)
     head_length = _head_length(incoming)
 
     def parse(signature: Signature) -> InferRequest:

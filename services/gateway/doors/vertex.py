@@ -20,7 +20,7 @@ from schemas.inference import Signature
 from schemas.registry import DeploymentSnapshot
 from services.gateway.catalog import Catalog
 from services.gateway.doors.compression import compressed
-from services.gateway.doors.headers import content_of, timeout_ms, who
+from services.gateway.doors.headers import NPY, OCTETS, check_content_type, content_of, timeout_ms, who
 from services.gateway.doors.invocations import MEDIA_TYPES, Form, answer_form, content_form, parse_content, writable, write_content
 from services.gateway.exchange import Incoming, Outgoing, json_answer
 from services.gateway.predictions import Ask, Handler, Prediction, Protocol, Read, Target
@@ -49,6 +49,8 @@ def handlers(catalog: Catalog) -> Mapping[tuple[str, str], Handler]:
 
 
 def _predict(incoming: Incoming, max_bytes: int) -> Ask:
+    check_content_type(incoming)
+
     def parse(signature: Signature) -> InferRequest:
         return vertex.parse(content_of(incoming, max_bytes), signature)
 
@@ -66,6 +68,7 @@ def _predict(incoming: Incoming, max_bytes: int) -> Ask:
 
 
 def _raw_predict(incoming: Incoming, max_bytes: int) -> Ask:
+    check_content_type(incoming, OCTETS, NPY)
     raw = _Raw(incoming, max_bytes)
     return Ask(Target(incoming.parameters["endpoint"]), Protocol.VERTEX, raw.parse, raw.write, timeout_ms(incoming))
 

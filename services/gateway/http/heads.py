@@ -34,7 +34,6 @@ ONCE = frozenset(
         b"last-event-id",
         b"origin",
         b"prefer",
-        b"traceparent",
         b"transfer-encoding",
         b"x-api-key",
         b"x-goog-api-key",
@@ -42,7 +41,8 @@ ONCE = frozenset(
         b"x-request-timeout-ms",
     }
 )
-"""Fields that decide framing, identity or routing: sent twice, two readers could see two requests."""
+"""Fields that decide framing, identity or routing: sent twice, two readers could see two requests. ``traceparent`` decides none of
+these: two are joined, which makes one that cannot be read, and a new trace begins (W3C Trace Context, 3.2)."""
 
 MAX_REPEATED_BYTES = 2_048
 """A head of up to so many bytes is kept, to be recognised when it comes again; a longer one would make an idle connection dear."""

@@ -280,18 +280,57 @@ async def test_operations_of_commands_that_came_by_the_log_can_be_asked_for(worl
     assert (await world.http.get("/api/v1/operations/unknown")).status_code == 404
 
 
+@pytest.mark.parametrize("is_heard", [True, False])
+@pytest.mark.parametrize("is_written", [True, False])
+async def test_a_command_that_may_have_been_written_is_not_refused(tmp_path, make, is_written, is_heard):
+    async with make(tmp_path, broker_timeout_s=0.2) as world:
+        producer = part(world, Commander)._producer
+        send = producer.send
+
+        async def lose_the_answer(records):
+            if is_written:
+                await send(records)
+            if is_heard:
+                raise TransientError("the connection was lost")
+            await asyncio.Event().wait()
+
+        producer.send = lose_the_answer
+        answer = await world.http.post("/api/v1/endpoints", json={"name": "e"}, headers={"prefer": "wait=1"})
+        if is_written:
+            assert (answer.status_code, answer.json()["endpoint_name"]) == (201, "e")
+        else:
+            assert answer.status_code == 202
+            assert (await world.http.get(answer.json()["operation_url"])).json()["done"] is False
+
+
+async def test_a_command_that_may_have_been_written_is_a_202_with_an_operation_to_poll(tmp_path, make):
+    async with make(tmp_path, registry=False) as world:
+        producer = part(world, Commander)._producer
+        send = producer.send
+
+        async def lose_the_answer(records):
+            await send(records)
+            raise TransientError("the connection was lost")
+
+        producer.send = lose_the_answer
+        answer = await world.http.post("/api/v1/endpoints", json={"name": "e"}, headers={"prefer": "wait=0"})
+        assert answer.status_code == 202
+        (record,) = world.broker.records(COMMANDS.name)
+        assert record.header("ce_id") == answer.json()["operation_id"]
+
+
 async def test_a_broker_that_is_away_is_a_503_and_not_a_hang(tmp_path, make):
     async with make(tmp_path, broker_timeout_s=0.02) as world:
 
-        async def refuse(_records):
+        async def refuse():
             raise TransientError("the broker is away")
 
-        async def hang(_records):
+        async def hang():
             await asyncio.Event().wait()
 
         producer = part(world, Commander)._producer
-        for send in (refuse, hang):
-            producer.send = send
+        for connect in (refuse, hang):
+            producer.connect = connect
             answer = await world.http.post("/api/v1/endpoints", json={"name": "e"})
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 

@@ -214,7 +214,6 @@ def test_a_bad_request_is_refused_with_its_status_and_the_connection_closed(stat
         "last-event-id",
         "origin",
         "prefer",
-        "traceparent",
         "x-api-key",
         "x-goog-api-key",
         "x-request-id",
@@ -225,6 +224,12 @@ def test_a_field_that_decides_identity_or_routing_may_come_once(name):
     field = name.title().encode() + b": a"
     line = Line().send(b"GET / HTTP/1.0\r\n" + field + b"\r\n" + field.lower() + b"\r\n\r\n")
     assert (line.statuses, line.answers[0].json) == ([400], {"error": f"the header field {name} was sent more than once"})
+
+
+def test_two_traceparents_are_no_reason_to_refuse():
+    line = Line().send(b"GET / HTTP/1.0\r\nTraceparent: a\r\ntraceparent: b\r\n\r\n")
+    assert line.statuses == [200]
+    assert line.application.handled[0].headers[b"traceparent"] == b"a, b"
 
 
 class TestConnections:

@@ -7,6 +7,8 @@ from libs import telemetry
 from services.gateway.tracing import Tracing
 
 SAMPLED = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+LATER = b"cc" + SAMPLED[2:] + b"-more"
+TWO = [SAMPLED + b", " + SAMPLED, LATER + b", " + SAMPLED]
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +17,7 @@ def tracer(monkeypatch):
     monkeypatch.setattr(telemetry, "tracer", lambda: made)
 
 
-@pytest.mark.parametrize("broken", [b"", b"nonsense", b"00-" + b"0" * 32 + b"-b7ad6b7169203331-01", SAMPLED[:-4], b"\xff" + SAMPLED])
+@pytest.mark.parametrize("broken", [b"", b"nonsense", b"00-" + b"0" * 32 + b"-b7ad6b7169203331-01", SAMPLED[:-4], b"\xff" + SAMPLED, *TWO])
 def test_a_broken_traceparent_decides_nothing(broken):
     assert Tracing(0.1, lambda: 0.5).begin("POST", broken, {}) is None
     span = Tracing(0.1, lambda: 0.05).begin("POST", broken, {})

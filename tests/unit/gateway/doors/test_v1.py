@@ -298,3 +298,26 @@ def test_a_runner_span_goes_nowhere_without_a_collector(tmp_path):
     from tests.unit.gateway.conftest import make_settings
 
     runner_spans(make_settings(tmp_path).telemetry).export(Span("aa", 1, 2), None, None, "r")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["image/png", "Application/X-Pickle", "application/octet-stream", "application/msgpack;v=1", "multipart/form-data; boundary=x"],
+)
+async def test_a_body_that_is_plainly_something_else_is_a_415(world, content_type):
+    await world.deployed(0.0)
+    answer = await world.predict([[1, 2]], headers={"content-type": content_type})
+    assert (answer.status_code, list(answer.json())) == (415, ["error"])
+    assert content_type.split(";", maxsplit=1)[0].lower() in answer.json()["error"]
+    event = {f"ce-{name}": value for name, value in EVENT.items()}
+    assert (await world.predict([[1, 2]], headers={**event, "content-type": content_type})).status_code == 415
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "text/json", "application/vnd.api+json; charset=utf-8"]
+)
+async def test_what_clients_say_without_thinking_is_taken(world, content_type):
+    await world.deployed(0.0)
+    headers = {} if content_type is None else {"content-type": content_type}
+    answer = await world.http.post("/v1/models/cancer:predict", content=b'{"instances": [[1, 2]]}', headers=headers)
+    assert (answer.status_code, answer.json()) == (200, {"predictions": [3.0]})

@@ -195,3 +195,15 @@ async def test_a_large_binary_answer_is_compressed_whole(world):
     length = int(answer.headers["inference-header-content-length"])
     assert json.loads(answer.content[:length])["outputs"][0]["parameters"] == {"binary_data_size": 4000}
     assert answer.content[length:] == bytes(4000)
+
+
+async def test_bytes_are_taken_and_what_is_plainly_something_else_is_a_415(world):
+    await world.deployed(0.0)
+    body, headers = binary()
+    url = "/v2/models/cancer/infer"
+    for content, head in ((body, headers), (json.dumps(plain()).encode(), {})):
+        answer = await world.http.post(url, content=content, headers={**head, "content-type": "application/octet-stream"})
+        assert answer.status_code == 200
+        for content_type in ("image/jpeg", "application/x-msgpack", "application/x-pickle", "multipart/mixed"):
+            answer = await world.http.post(url, content=content, headers={**head, "content-type": content_type})
+            assert (answer.status_code, list(answer.json())) == (415, ["error"])

@@ -16,7 +16,7 @@ from libs.inference.routing import Route
 from schemas.inference import Signature, TensorSpec
 from services.gateway.catalog import Catalog
 from services.gateway.doors import vertex
-from services.gateway.errors import NotAcceptableError
+from services.gateway.errors import NotAcceptableError, UnsupportedMediaTypeError
 from services.gateway.exchange import Incoming, Outgoing
 from services.gateway.predictions import Ask, Prediction, Protocol, Target
 from services.gateway.routes import find
@@ -144,6 +144,15 @@ def test_a_raw_body_is_told_by_its_content(form, content_type):
         assert body["outputs"] == [{"name": "predict", "datatype": "FP64", "shape": [2], "data": [3.0, 7.5]}]
     else:
         assert body == {"predictions": [3.0, 7.5]}
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [(PREDICT, "application/octet-stream"), (PREDICT, "application/x-npy"), *[(path, "Image/PNG; q=1") for path in (PREDICT, RAW)]],
+)
+def test_a_body_that_is_plainly_something_else_is_refused(path, content_type):
+    with pytest.raises(UnsupportedMediaTypeError, match=content_type.split(";", maxsplit=1)[0].lower()):
+        ask(path, predict(instances=[[1, 2]]), content_type=content_type)
 
 
 def test_a_raw_answer_says_in_its_head_who_gave_it_and_is_what_was_accepted():
