@@ -116,6 +116,19 @@ class ArchiveVersion(Command):
         return self.model_name
 
 
+class SetExample(Command):
+    """Give an example to a version that needs one; it is tried again with it. Refused for any other version."""
+
+    event_type = "millrace.registry.version.set_example.v1"
+    model_name: Name
+    version: VersionNumber
+    example: dict[str, Any]
+
+    @property
+    def entity(self) -> str:
+        return self.model_name
+
+
 class CreateEndpoint(Command):
     """Create an endpoint: a stable name that predictions are asked of."""
 
@@ -284,6 +297,19 @@ class VersionArchived(Fact):
         return self.model_name
 
 
+class ExampleSet(Fact):
+    """A version that needed an example has one now; the validator tries it again with it."""
+
+    event_type = "millrace.registry.version.example_was_set.v1"
+    model_name: Name
+    version: VersionNumber
+    example: dict[str, Any]
+
+    @property
+    def entity(self) -> str:
+        return self.model_name
+
+
 class EndpointCreated(Fact):
     """An endpoint exists; it has no deployment yet."""
 
@@ -369,11 +395,15 @@ class EndpointDeleted(Fact):
 
 
 class VersionStatus(StrEnum):
-    """Where a version is in its life: registered → inspected → built → validated, or rejected / build_failed; archived at the end."""
+    """Where a version is in its life: registered → inspected → built → validated, or rejected / build_failed; archived at the end.
+
+    A built version that refuses a made-up row is ``needs_example`` until it has answered, or refused, an example.
+    """
 
     REGISTERED = "registered"
     INSPECTED = "inspected"
     BUILT = "built"
+    NEEDS_EXAMPLE = "needs_example"
     VALIDATED = "validated"
     REJECTED = "rejected"
     BUILD_FAILED = "build_failed"
@@ -431,7 +461,7 @@ class VersionSnapshot(Payload):
     signature: Signature | None = None
     measurements: Measurements | None = None
     findings: tuple[Finding, ...] = ()
-    reason: str | None = Field(default=None, description="Why it was rejected or could not be built; one sentence.")
+    reason: str | None = Field(default=None, description="Why it was rejected, could not be built or needs an example; one sentence.")
     pending_aliases: tuple[Alias, ...] = Field(default=(), description="Aliases that point here once the version is validated.")
     stage_times: dict[str, datetime] = Field(default_factory=dict)
     correlation_id: str | None = None

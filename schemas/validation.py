@@ -68,6 +68,25 @@ class VersionValidated(Fact):
         return self.model_name
 
 
+class VersionNeedsExample(Fact):
+    """The version loads, and no prediction has succeeded: without an example it was asked a made-up row, and it refused it.
+
+    It waits for an example (``SetExample``) and cannot be deployed until it has answered one.
+    """
+
+    event_type = "millrace.validator.version.needs_example.v1"
+    model_name: Name
+    version: VersionNumber
+    signature: Signature
+    reason: str = Field(description="What the model said to the made-up row, one sentence.")
+    cage: dict[str, bool] = Field(default_factory=dict, description="Which layers of the cage were active.")
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def entity(self) -> str:
+        return self.model_name
+
+
 class Gate(StrEnum):
     """Where a version was rejected: before anything was built, or in the trial run."""
 

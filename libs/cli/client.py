@@ -148,6 +148,10 @@ class Client:
         path = f"/api/v1/models/{segment(model)}/aliases/{segment(alias)}"
         return self._command("PUT", path, {"version": version})[1]
 
+    def set_example(self, model: str, version: int, example: Any) -> Json:
+        """Give an example to a version that needs one; the version's view."""
+        return self._command("POST", f"/api/v1/models/{segment(model)}/versions/{version}:example", {"example": example})[1]
+
     def archive_version(self, model: str, version: int) -> Json:
         """Take a version out of use."""
         return self._command("POST", f"/api/v1/models/{segment(model)}/versions/{version}:archive")[1]

@@ -43,7 +43,7 @@ from libs.local.settings import LocalSettings
 from schemas.inference import InferenceResult
 from schemas.registry import Artifact, CommandRefused, RegisterVersion, VersionAlreadyRegistered, VersionSpec
 from schemas.topics import COMMANDS, EVENTS, inference_requests, inference_results
-from schemas.validation import VersionRejected, VersionValidated
+from schemas.validation import VersionNeedsExample, VersionRejected, VersionValidated
 
 MODEL = ENDPOINT = "cancer"
 LIBRARIES = ("scikit-learn", "numpy", "scipy", "joblib")
@@ -236,7 +236,7 @@ def register_by_event(client: Client, kafka: PlainKafka, trained: Trained) -> No
             match fact.headers["ce_type"]:
                 case VersionValidated.event_type | VersionAlreadyRegistered.event_type:
                     return
-                case VersionRejected.event_type | CommandRefused.event_type:
+                case VersionRejected.event_type | VersionNeedsExample.event_type | CommandRefused.event_type:
                     raise StepFailedError(f"the command was not carried out: {fact.value['reason']}")
     raise StepFailedError(f"{MODEL} was not validated within {EVENT_TIMEOUT_S:.0f} s of the command event")
 

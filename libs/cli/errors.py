@@ -8,7 +8,7 @@ MillraceError
 └── WaitTimeoutError           it may still happen, but we stopped waiting
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from libs.errors import MillraceError
 
@@ -38,7 +38,11 @@ class RequestRefusedError(CommandError):
 
 
 class StageFailedError(CommandError):
-    """A version or a deployment came to a bad end."""
+    """A version or a deployment came to a bad end; ``view`` is the last look at it, if there was one."""
+
+    def __init__(self, message: str, view: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.view = view or {}
 
 
 class WaitTimeoutError(CommandError):

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from libs.cli import output, references
-from libs.cli.errors import CommandError, UsageError
+from libs.cli.errors import CommandError, StageFailedError, UsageError
 from libs.cli.session import Session, open_session
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ def upload(
     signature: Annotated[
         Path | None, typer.Option("--signature", help="Typed columns or inputs (JSON), also in MLflow's form; else found in the trial.")
     ] = None,
+    forbid_batching: Annotated[
+        bool, typer.Option("--forbid-batching", help="Never join or cut requests, whatever the trial finds.")
+    ] = False,
     alias: Annotated[list[str] | None, typer.Option("--alias", help="Alias for the new version.")] = None,
     description: Annotated[str, typer.Option("--description", help="A sentence about this version.")] = "",
     label: Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE; may be repeated.")] = None,
@@ -47,12 +52,15 @@ def upload(
         "requirements": requirement_lines(requirements) if requirements else None,
         "example": read_example(example) if example else None,
         "signature": read_json(signature) if signature else None,
+        "forbid_batching": forbid_batching or None,
         "aliases": alias or None,
         "description": description or None,
         "labels": references.labels(label) if label else None,
     }
     with open_session("models upload") as session:
-        view, is_new = upload_version(session, path, name, {key: value for key, value in body.items() if value is not None}, wait=wait)
+        with _warnings_on_failure():
+            view, is_new = upload_version(session, path, name, {key: value for key, value in body.items() if value is not None}, wait=wait)
+        _note_warnings(view)
         if as_json:
             output.show_json({**view, "trace_id": session.trace_id})
             return
@@ -137,6 +145,34 @@ def alias(
 
 
 @app.command()
+def example(
+    reference: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version that needs an example.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A request: JSON, CSV with a header, or .npy.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the verdict.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give an example to a version that needs one; it is tried again with it."""
+    from libs.cli.stages import VERSION_TIMEOUT_S, EventFeed, VersionStory, follow
+
+    name, number = references.version_reference(reference)
+    request = read_example(path)
+    with open_session("models example") as session, EventFeed(session.client, name) as feed:
+        since = datetime.now(UTC)
+        view = session.client.set_example(name, number, request)
+        if wait:
+            story = VersionStory(session.client, name, number)
+            with _warnings_on_failure():
+                view = follow(story, feed, output.stage, story.view(), is_new=False, since=since, timeout_s=VERSION_TIMEOUT_S)
+            _note_warnings(view)
+    if as_json:
+        output.show_json(view)
+    elif wait:
+        output.say(f"{name}@{number} is {view['status']}")
+    else:
+        output.say(f"{name}@{number} is tried with this example")
+
+
+@app.command()
 def archive(
     reference: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The version to take out of use.")],
     as_json: AsJson = False,
@@ -149,6 +185,23 @@ def archive(
         output.show_json(answer)
     else:
         output.say(f"{name}@{version} is archived")
+
+
+@contextmanager
+def _warnings_on_failure() -> Iterator[None]:
+    """What was found is said also when the version came to a bad end."""
+    try:
+        yield
+    except StageFailedError as error:
+        _note_warnings(error.view)
+        raise
+
+
+def _note_warnings(version: "Json") -> None:
+    """Every warning about a version; the one that is its reason is said elsewhere."""
+    for finding in version.get("findings") or []:
+        if finding["severity"] == "warn" and finding["message"] != version.get("reason"):
+            output.note(f"warning: {finding['message']} ({finding['rule']})")
 
 
 def requirement_lines(path: Path) -> list[str]:

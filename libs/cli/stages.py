@@ -15,7 +15,7 @@ from libs.errors import MillraceError
 from schemas.environment import VersionBuildFailed, VersionBuilt
 from schemas.registry import DeploymentRequested, DeploymentStatus, VersionRegistered, VersionStatus
 from schemas.serving import DeploymentFailed, DeploymentReady
-from schemas.validation import VersionInspected, VersionRejected, VersionValidated
+from schemas.validation import VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
 
 Report = Callable[[str, float], None]
 """Told each stage as it is reached, with the seconds that passed since the one before."""
@@ -41,6 +41,7 @@ _VERSION_STAGES: Mapping[str, str] = {
     VersionRegistered.event_type: VersionStatus.REGISTERED,
     VersionInspected.event_type: VersionStatus.INSPECTED,
     VersionBuilt.event_type: VersionStatus.BUILT,
+    VersionNeedsExample.event_type: VersionStatus.NEEDS_EXAMPLE,
     VersionValidated.event_type: VersionStatus.VALIDATED,
     VersionRejected.event_type: VersionStatus.REJECTED,
     VersionBuildFailed.event_type: VersionStatus.BUILD_FAILED,
@@ -51,7 +52,7 @@ _VERSION_ENDS = {
     VersionStatus.ARCHIVED: "is archived",
 }
 
-_LAST_STAGES = {VersionStatus.VALIDATED, *_VERSION_ENDS, DeploymentStatus.READY, DeploymentStatus.FAILED}
+_LAST_STAGES = {VersionStatus.VALIDATED, VersionStatus.NEEDS_EXAMPLE, *_VERSION_ENDS, DeploymentStatus.READY, DeploymentStatus.FAILED}
 
 DEPLOYED = "deployed"
 _DEPLOYMENT_STAGES: Mapping[str, str] = {
@@ -107,7 +108,10 @@ class VersionStory:
     def ended(self, view: Json) -> bool:
         status = view.get("status")
         if status in _VERSION_ENDS:
-            raise StageFailedError(_sentence(f"{self.name} {_VERSION_ENDS[VersionStatus(status)]}", view.get("reason")))
+            raise StageFailedError(_sentence(f"{self.name} {_VERSION_ENDS[VersionStatus(status)]}", view.get("reason")), view)
+        if status == VersionStatus.NEEDS_EXAMPLE and (view.get("spec") or {}).get("example") is None:
+            remedy = f"give it one: millrace models example {self.name} FILE --wait"
+            raise StageFailedError(f"{_sentence(f'{self.name} needs an example', view.get('reason'))}; {remedy}", view)
         return status == VersionStatus.VALIDATED
 
 

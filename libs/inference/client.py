@@ -443,4 +443,7 @@ def _as_error(frame: Frame) -> MillraceError:
         "expired": DeadlineExceededError,
         "hung": RunnerHungError,
     }
-    return kinds.get(kind, MillraceError)(_message(frame))
+    found = kinds.get(kind, MillraceError)(_message(frame))
+    if isinstance(found, InvalidInputError | ModelError) and isinstance(error, dict) and isinstance(error.get("exception"), str):
+        found.exception = printable(error["exception"])
+    return found

@@ -15,7 +15,15 @@ from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceErr
 
 
 class InvalidInputError(InvalidArgumentError):
-    """The request does not fit the model; the message names the field, what is expected and what came."""
+    """The request does not fit the model; the message names the field, what is expected and what came.
+
+    Attributes
+    ----------
+    exception
+        The type of what the model raised, if it was the model that refused.
+    """
+
+    exception: str | None = None
 
 
 class RunnerGoneError(TransientError):
@@ -27,7 +35,15 @@ class RunnerHungError(DeadlineExceededError):
 
 
 class ModelError(MillraceError):
-    """The model raised on a valid request; the message has the type and text of what it raised."""
+    """The model raised on a valid request; the message has the type and text of what it raised.
+
+    Attributes
+    ----------
+    exception
+        The type alone, if it is known.
+    """
+
+    exception: str | None = None
 
 
 class RunnerStartError(MillraceError):

@@ -527,10 +527,10 @@ class Server:
             specs, tail = encode_tensors(answers)
             head = _answer_head(call.name, specs)
         except (InvalidInputError, WireError) as error:
-            failure = _error("invalid_input", str(error))
+            failure = _error("invalid_input", str(error), error.__cause__)
         except BaseException as error:  # noqa: BLE001 (the model's code may raise anything, SystemExit too)
             traceback.print_exc()
-            failure = _error("model_error", _sentence(error))
+            failure = _error("model_error", _sentence(error), error)
         span = _span(request.frame.meta.get("traceparent"), started_ns)
         if failure is None and span is None:
             return join_frame(b'{"id":%d,"ok":true,"model_s":%.9f}' % (request.request_id, model_s), head, tail)
@@ -616,8 +616,10 @@ def _failure(request_id: int, kind: str, message: str) -> list[Buffer]:
     return encode_frame({"id": request_id, **_error(kind, message)})
 
 
-def _error(kind: str, message: str) -> dict[str, Any]:
-    return {"ok": False, "error": {"kind": kind, "message": message}}
+def _error(kind: str, message: str, exception: BaseException | None = None) -> dict[str, Any]:
+    """Return the answer that says what went wrong, with the type of what the model raised if that is the cause."""
+    error = {"kind": kind, "message": message}
+    return {"ok": False, "error": error if exception is None else {**error, "exception": type(exception).__name__}}
 
 
 def _sentence(error: BaseException) -> str:

@@ -97,6 +97,11 @@ def _add_models(api: FastAPI, management: Management) -> None:
         """Take a version out of use."""
         return _response(await management.archive_version(model, version, wait_s(prefer)))
 
+    @api.post("/api/v1/models/{model}/versions/{version}:example", tags=["models"])
+    async def set_example(model: str, version: str, body: bodies.NewExample, prefer: Prefer = None) -> Response:
+        """Give an example to a version that needs one; it is tried again with it."""
+        return _response(await management.set_example(model, version, body, wait_s(prefer)))
+
     @api.get("/api/v1/models/{model}/versions/{version}", tags=["models"])
     async def show_version(model: str, version: str, view: Annotated[str, Query(pattern="^(basic|full)$")] = "basic") -> Response:
         """One version, by number or alias; `view=full` adds the text of its environment's lock."""

@@ -1,9 +1,9 @@
 """Bodies of the management API. A field that is not known is refused: a typing error must not pass in silence."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from libs.errors import InvalidArgumentError
 from libs.inference import declarations, examples
@@ -63,28 +63,37 @@ class NewLineage(Body):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
+def _request(example: dict[str, Any]) -> dict[str, Any]:
+    if sum(form in example for form in examples.FORMS) != 1:
+        raise ValueError(f"an example is a request body: it has exactly one of {', '.join(map(repr, examples.FORMS))}")
+    return example
+
+
+Example = Annotated[dict[str, Any], AfterValidator(_request)]
+
+
+class NewExample(Body):
+    """An example for a version that needs one."""
+
+    example: Example = Field(description='A request body in any JSON form that the protocols take, or `{"csv": text}`.')
+
+
 class NewVersion(Body):
     """A version to register."""
 
     artifact: UploadedArtifact
     format: ArtifactFormat | None = Field(default=None, description="sklearn or onnx; absent: decided by content.")
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200, description="PEP 508 lines; absent: inferred.")
-    example: dict[str, Any] | None = Field(
+    example: Example | None = Field(
         default=None,
         description='A request body in any JSON form that the protocols take, or `{"csv": text}`; the version must be able to answer it.',
     )
     signature: DeclaredSignature | None = Field(default=None, description="Typed inputs or columns; absent: found in the trial.")
+    forbid_batching: bool = Field(default=False, description="Never join or cut requests, whatever the trial finds.")
     aliases: tuple[Alias, ...] = ()
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)
     lineage: NewLineage = Field(default_factory=NewLineage)
-
-    @field_validator("example")
-    @classmethod
-    def _is_request(cls, example: dict[str, Any] | None) -> dict[str, Any] | None:
-        if example is not None and sum(form in example for form in examples.FORMS) != 1:
-            raise ValueError(f"an example is a request body: it has exactly one of {', '.join(map(repr, examples.FORMS))}")
-        return example
 
     @field_validator("signature", mode="before")
     @classmethod

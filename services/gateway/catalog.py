@@ -17,6 +17,7 @@ from schemas.registry import (
     EndpointCreated,
     EndpointDeleted,
     EndpointSnapshot,
+    ExampleSet,
     ModelSnapshot,
     PredictionLogChanged,
     RegisterVersion,
@@ -138,13 +139,17 @@ def shows(catalog: Catalog, command: Payload, command_id: str, fact: Payload) ->
             aliases = command.aliases if isinstance(command, RegisterVersion) else ()
             version = catalog.versions.get(f"{fact.model_name}@{fact.version}")
             moved = _aliased(catalog, fact.model_name, aliases, fact.version) or catalog.has_seen(ModelSnapshot.topic, command_id)
-            return version is not None and (version.status is not VersionStatus.VALIDATED or moved)
+            example = command.spec.example if isinstance(command, RegisterVersion) else None
+            return version is not None and (version.status is not VersionStatus.VALIDATED or moved) and _has_example(version, example)
         case AliasSet():
             aliased = _aliased(catalog, fact.model_name, (fact.alias,), fact.version)
             return aliased or catalog.has_seen(ModelSnapshot.topic, command_id)
         case VersionArchived():
             version = catalog.versions.get(f"{fact.model_name}@{fact.version}")
             return version is None or version.status is VersionStatus.ARCHIVED
+        case ExampleSet():
+            version = catalog.versions.get(f"{fact.model_name}@{fact.version}")
+            return version is None or _has_example(version, fact.example)
         case EndpointCreated():
             return fact.endpoint_name in catalog.endpoints or catalog.has_seen(EndpointSnapshot.topic, command_id)
         case EndpointDeleted():
@@ -175,6 +180,11 @@ def shows(catalog: Catalog, command: Payload, command_id: str, fact: Payload) ->
 def _overtaken(catalog: Catalog, command_id: str) -> bool:
     """Whether what a command made of a deployment and its endpoint was seen, whatever became of them since."""
     return catalog.has_seen(DeploymentSnapshot.topic, command_id) and catalog.has_seen(EndpointSnapshot.topic, command_id)
+
+
+def _has_example(version: VersionSnapshot, example: object) -> bool:
+    """Whether a version no longer waits for an example that it was given."""
+    return example is None or version.status is not VersionStatus.NEEDS_EXAMPLE or version.spec.example is not None
 
 
 def _aliased(catalog: Catalog, model_name: str, aliases: tuple[str, ...], version: int | None) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from schemas.registry import (
     Lineage,
     RegisterVersion,
     SetAlias,
+    SetExample,
     SetPredictionLog,
     SetTraffic,
     UndeployVersion,
@@ -97,8 +98,7 @@ class Management:
 
     async def register_version(self, model: str, body: bodies.NewVersion, wait_s: float | None) -> Answer:
         """Register an uploaded artifact as the next version of a model."""
-        if body.example is not None and len(orjson.dumps(body.example)) > MAX_EXAMPLE_BYTES:
-            raise PayloadTooLargeError(f"the example is larger than the {MAX_EXAMPLE_BYTES} bytes accepted; one or two rows are enough")
+        _check_size(body.example)
         artifact = await self._artifact(body.artifact)
         command = _checked(
             lambda: RegisterVersion(
@@ -109,6 +109,7 @@ class Management:
                     requirements=body.requirements,
                     example=body.example,
                     signature=body.signature,
+                    forbid_batching=body.forbid_batching,
                     description=body.description,
                     labels=body.labels,
                     lineage=Lineage(**dict(body.lineage)),
@@ -130,6 +131,15 @@ class Management:
             raise NotFoundError(f"model {model!r} has no alias {alias!r}")
         command = _checked(lambda: SetAlias(model_name=model, alias=alias, version=version))
         return await self._submit(command, wait_s, lambda _: Answer(200, model_view(self.catalog, self.catalog.model(model))))
+
+    async def set_example(self, model: str, version: str, body: bodies.NewExample, wait_s: float | None) -> Answer:
+        """Give an example to a version that needs one."""
+        _check_size(body.example)
+        number = self.catalog.version(model, version).version
+        command = SetExample(model_name=model, version=number, example=body.example)
+        return await self._submit(
+            command, wait_s, lambda _: Answer(200, version_view(self.catalog, self.catalog.version(model, str(number))))
+        )
 
     async def archive_version(self, model: str, version: str, wait_s: float | None) -> Answer:
         """Take a version out of use."""
@@ -278,6 +288,11 @@ class Management:
         if len(found) > 1:
             raise InvalidArgumentError(f"version {name} of several models is deployed to endpoint {endpoint!r}: {', '.join(found)}")
         return found[0]
+
+
+def _check_size(example: dict[str, Any] | None) -> None:
+    if example is not None and len(orjson.dumps(example)) > MAX_EXAMPLE_BYTES:
+        raise PayloadTooLargeError(f"the example is larger than the {MAX_EXAMPLE_BYTES} bytes accepted; one or two rows are enough")
 
 
 def _prediction_log(body: bodies.NewPredictionLog) -> PredictionLogSettings:

@@ -35,6 +35,7 @@ ANSWERS: Mapping[type[Payload], tuple[type[Payload], ...]] = {
     registry.RegisterVersion: (registry.VersionRegistered, registry.VersionAlreadyRegistered),
     registry.SetAlias: (registry.AliasSet,),
     registry.ArchiveVersion: (registry.VersionArchived,),
+    registry.SetExample: (registry.ExampleSet,),
     registry.CreateEndpoint: (registry.EndpointCreated,),
     registry.DeployVersion: (registry.DeploymentRequested,),
     registry.UndeployVersion: (registry.DeploymentRemovalRequested,),

@@ -106,6 +106,7 @@ ROUTES = (
     HttpRoute("GET", "/api/v1/models/{model}/versions", Permission.READ, Door.API),
     HttpRoute("POST", "/api/v1/models/{model}/versions", Permission.MANAGE, Door.API),
     HttpRoute("POST", "/api/v1/models/{model}/versions/{version}:archive", Permission.MANAGE, Door.API),
+    HttpRoute("POST", "/api/v1/models/{model}/versions/{version}:example", Permission.MANAGE, Door.API),
     HttpRoute("GET", "/api/v1/models/{model}/versions/{version}", Permission.READ, Door.API),
     HttpRoute("PUT", "/api/v1/models/{model}/aliases/{alias}", Permission.MANAGE, Door.API),
     HttpRoute("DELETE", "/api/v1/models/{model}/aliases/{alias}", Permission.MANAGE, Door.API),

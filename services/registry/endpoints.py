@@ -172,14 +172,27 @@ def _deployable(state: State, command: DeployVersion) -> VersionSnapshot:
     number = command.version if command.alias is None else model.aliases[command.alias]
     if number is None:
         usable = [version for version in state.versions_of(command.model_name) if version.status is VersionStatus.VALIDATED]
+        waiting = [version for version in state.versions_of(command.model_name) if version.status is VersionStatus.NEEDS_EXAMPLE]
+        if not usable and waiting:
+            raise conflict(_needs_example(waiting[-1]))
         if not usable:
             raise conflict(f"model {command.model_name!r} has no validated version yet")
         return usable[-1]
     version = state.version(command.model_name, number)
+    if version.status is VersionStatus.NEEDS_EXAMPLE:
+        raise conflict(_needs_example(version))
     if version.status is not VersionStatus.VALIDATED:
         why = f": {version.reason}" if version.reason else ""
         raise conflict(f"version {number} of {command.model_name!r} is {version.status}, and only a validated one can be deployed{why}")
     return version
+
+
+def _needs_example(version: VersionSnapshot) -> str:
+    reference = f"{version.model_name}@{version.version}"
+    return (
+        f"version {version.version} of {version.model_name!r} has answered nothing yet and needs an example before it can be deployed: "
+        f"`millrace models example {reference} FILE`; {version.reason}"
+    )
 
 
 def _requested(

@@ -14,7 +14,7 @@ from schemas import registry as contract
 from schemas.base import Command, Payload
 from schemas.environment import VersionBuildFailed, VersionBuilt
 from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
-from schemas.validation import VersionInspected, VersionRejected, VersionValidated
+from schemas.validation import VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
 from services.registry import endpoints, versions
 from services.registry.errors import RefusedError, invalid
 from services.registry.state import Change, Context, Decision, Deletion, State
@@ -30,6 +30,7 @@ COMMAND_RULES: Mapping[type[Payload], Rule] = {
     contract.RegisterVersion: versions.register,
     contract.SetAlias: versions.set_alias,
     contract.ArchiveVersion: versions.archive,
+    contract.SetExample: versions.set_example,
     contract.CreateEndpoint: endpoints.create,
     contract.DeployVersion: endpoints.deploy,
     contract.UndeployVersion: endpoints.undeploy,
@@ -42,6 +43,7 @@ OUTCOME_RULES: Mapping[type[Payload], Rule] = {
     VersionInspected: versions.inspected,
     VersionBuilt: versions.built,
     VersionBuildFailed: versions.build_failed,
+    VersionNeedsExample: versions.needs_example,
     VersionValidated: versions.validated,
     VersionRejected: versions.rejected,
     DeploymentReady: endpoints.ready,

@@ -1,13 +1,19 @@
 """Rules of models, versions and aliases."""
 
+from typing import Any
+
+from pydantic import ValidationError
+
 from schemas.environment import VersionBuildFailed, VersionBuilt
 from schemas.registry import (
     AliasSet,
     ArchiveVersion,
     DeploymentStatus,
+    ExampleSet,
     ModelSnapshot,
     RegisterVersion,
     SetAlias,
+    SetExample,
     VersionAlreadyRegistered,
     VersionArchived,
     VersionRegistered,
@@ -15,14 +21,15 @@ from schemas.registry import (
     VersionSpec,
     VersionStatus,
 )
-from schemas.validation import VersionInspected, VersionRejected, VersionValidated
-from services.registry.errors import conflict
+from schemas.validation import Finding, VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
+from services.registry.errors import conflict, invalid
 from services.registry.state import Context, Decision, State
 
 TRANSITIONS: dict[VersionStatus, frozenset[VersionStatus]] = {
     VersionStatus.REGISTERED: frozenset({VersionStatus.INSPECTED, VersionStatus.REJECTED, VersionStatus.ARCHIVED}),
     VersionStatus.INSPECTED: frozenset({VersionStatus.BUILT, VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED}),
-    VersionStatus.BUILT: frozenset({VersionStatus.VALIDATED, VersionStatus.REJECTED, VersionStatus.ARCHIVED}),
+    VersionStatus.BUILT: frozenset({VersionStatus.NEEDS_EXAMPLE, VersionStatus.VALIDATED, VersionStatus.REJECTED, VersionStatus.ARCHIVED}),
+    VersionStatus.NEEDS_EXAMPLE: frozenset({VersionStatus.VALIDATED, VersionStatus.REJECTED, VersionStatus.ARCHIVED}),
     VersionStatus.VALIDATED: frozenset({VersionStatus.ARCHIVED}),
     VersionStatus.REJECTED: frozenset({VersionStatus.ARCHIVED}),
     VersionStatus.BUILD_FAILED: frozenset({VersionStatus.ARCHIVED}),
@@ -34,7 +41,8 @@ TRANSITIONS: dict[VersionStatus, frozenset[VersionStatus]] = {
 def register(state: State, command: RegisterVersion, context: Context) -> Decision:
     """The next version of a model; content that exists already is answered with the version that has it.
 
-    What could not be built may be buildable later, so the same content is tried again, as a new version. What was rejected stays so.
+    What could not be built may be buildable later, so the same content is tried again, as a new version. What was rejected stays so. An
+    example that comes with content whose version waits for one goes to that version.
     """
     name = command.model_name
     model = state.models.get(name)
@@ -66,13 +74,35 @@ def register(state: State, command: RegisterVersion, context: Context) -> Decisi
 
 
 def _registered_again(model: ModelSnapshot, version: VersionSnapshot, command: RegisterVersion, context: Context) -> Decision:
-    fact = VersionAlreadyRegistered(model_name=version.model_name, version=version.version)
-    if not command.aliases:
-        return Decision((fact,))
-    if version.status is VersionStatus.VALIDATED:
-        return Decision((fact,)) + _aliased(model, command.aliases, version.version, context)
-    pending = tuple(dict.fromkeys((*version.pending_aliases, *command.aliases)))
-    return Decision((fact,), (version.model_copy(update={"pending_aliases": pending, "updated_at": context.now}),))
+    decision = Decision((VersionAlreadyRegistered(model_name=version.model_name, version=version.version),))
+    if command.aliases and version.status is VersionStatus.VALIDATED:
+        return decision + _aliased(model, command.aliases, version.version, context)
+    if command.aliases:
+        pending = tuple(dict.fromkeys((*version.pending_aliases, *command.aliases)))
+        version = version.model_copy(update={"pending_aliases": pending, "updated_at": context.now})
+        decision += Decision(changes=(version,))
+    if command.spec.example is not None and version.status is VersionStatus.NEEDS_EXAMPLE:
+        decision += _with_example(version, command.spec.example, context)
+    return decision
+
+
+def set_example(state: State, command: SetExample, context: Context) -> Decision:
+    """Give an example to a version that needs one; what is said again is tried again."""
+    version = state.version(command.model_name, command.version)
+    if version.status is not VersionStatus.NEEDS_EXAMPLE:
+        raise conflict(f"version {version.version} of {version.model_name!r} is {version.status}; only one that needs an example takes one")
+    return _with_example(version, command.example, context)
+
+
+def _with_example(version: VersionSnapshot, example: dict[str, Any], context: Context) -> Decision:
+    if version.spec.example not in (None, example):
+        raise conflict(f"version {version.version} of {version.model_name!r} is being tried with another example; wait for the verdict")
+    try:
+        spec = VersionSpec.model_validate({**dict(version.spec), "example": example})
+    except ValidationError as error:
+        raise invalid(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
+    fact = ExampleSet(model_name=version.model_name, version=version.version, example=example)
+    return Decision((fact,), (version.model_copy(update={"spec": spec, "updated_at": context.now}),))
 
 
 def set_alias(state: State, command: SetAlias, context: Context) -> Decision:
@@ -139,6 +169,20 @@ def build_failed(state: State, outcome: VersionBuildFailed, context: Context) ->
     return _outcome(state, outcome.model_name, outcome.version, VersionStatus.BUILD_FAILED, context, reason=outcome.reason)
 
 
+def needs_example(state: State, outcome: VersionNeedsExample, context: Context) -> Decision:
+    """The version loads, and has answered nothing yet: it waits for an example."""
+    return _outcome(
+        state,
+        outcome.model_name,
+        outcome.version,
+        VersionStatus.NEEDS_EXAMPLE,
+        context,
+        signature=outcome.signature,
+        reason=outcome.reason,
+        findings=_inspection_findings(state, outcome) + outcome.findings,
+    )
+
+
 def validated(state: State, outcome: VersionValidated, context: Context) -> Decision:
     """The version loads and answers; it can be deployed."""
     found = state.versions.get(f"{outcome.model_name}@{outcome.version}")
@@ -150,7 +194,8 @@ def validated(state: State, outcome: VersionValidated, context: Context) -> Deci
         context,
         signature=outcome.signature,
         measurements=outcome.measurements,
-        findings=(found.findings if found else ()) + outcome.findings,
+        reason=None,
+        findings=_inspection_findings(state, outcome) + outcome.findings,
         pending_aliases=(),
     )
     if found is None or not decision.changes:
@@ -160,7 +205,6 @@ def validated(state: State, outcome: VersionValidated, context: Context) -> Deci
 
 def rejected(state: State, outcome: VersionRejected, context: Context) -> Decision:
     """One of the two gates said no."""
-    found = state.versions.get(f"{outcome.model_name}@{outcome.version}")
     return _outcome(
         state,
         outcome.model_name,
@@ -168,8 +212,14 @@ def rejected(state: State, outcome: VersionRejected, context: Context) -> Decisi
         VersionStatus.REJECTED,
         context,
         reason=outcome.reason,
-        findings=(found.findings if found else ()) + outcome.findings,
+        findings=_inspection_findings(state, outcome) + outcome.findings,
     )
+
+
+def _inspection_findings(state: State, outcome: VersionNeedsExample | VersionValidated | VersionRejected) -> tuple[Finding, ...]:
+    """What the first gate found; findings of an earlier trial are replaced by those of the next."""
+    found = state.versions.get(f"{outcome.model_name}@{outcome.version}")
+    return tuple(finding for finding in found.findings if not finding.rule.startswith("trial.")) if found else ()
 
 
 def _outcome(state: State, model_name: str, number: int, status: VersionStatus, context: Context, **found: object) -> Decision:
@@ -185,12 +235,18 @@ def _moved(version: VersionSnapshot, status: VersionStatus, context: Context, **
 
 
 def _same_content(version: VersionSnapshot, spec: VersionSpec) -> bool:
-    mine = version.spec
-    return (
-        version.status not in (VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED)
-        and mine.artifact.sha256 == spec.artifact.sha256
-        and (mine.format, mine.requirements, mine.example) == (spec.format, spec.requirements, spec.example)
-    )
+    """Whether a spec asks for what a version is already. A rejection is of the example, too: with another one it is no verdict."""
+    if version.status in (VersionStatus.BUILD_FAILED, VersionStatus.ARCHIVED):
+        return False
+    if version.status is VersionStatus.REJECTED and version.spec.example != spec.example:
+        return False
+    return _identity(version.spec) == _identity(spec)
+
+
+def _identity(spec: VersionSpec) -> tuple[object, ...]:
+    """What makes a version the one that it is; not its example, name of the file, description, labels or lineage."""
+    code = spec.code.sha256 if spec.code is not None else None
+    return (spec.artifact.sha256, code, spec.allow_code, spec.format, spec.requirements, spec.signature, spec.forbid_batching)
 
 
 def _check_usable(version: VersionSnapshot) -> None:

@@ -15,9 +15,9 @@ from libs.inference import examples
 from libs.messaging.cloudevents import Event
 from libs.messaging.processing import Handler
 from schemas.base import Payload
-from schemas.environment import VersionBuilt
-from schemas.registry import Artifact, ArtifactFormat, VersionRegistered, VersionSnapshot
-from schemas.validation import Finding, Gate, VersionInspected, VersionRejected, VersionValidated
+from schemas.environment import EnvironmentLock, VersionBuilt
+from schemas.registry import Artifact, ArtifactFormat, ExampleSet, VersionRegistered, VersionSnapshot, VersionStatus
+from schemas.validation import Finding, Gate, VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
 from services.validator.adapters import Environments, Versions, Workplace
 from services.validator.inspection import Inspection, inspect
 from services.validator.rules import most_important, rejection, rejections
@@ -58,7 +58,7 @@ class Handlers:
 
     def table(self) -> Mapping[type[Payload], Handler]:
         """Handler by event."""
-        return {VersionRegistered: self.registered, VersionBuilt: self.built}
+        return {VersionRegistered: self.registered, VersionBuilt: self.built, ExampleSet: self.example_set}
 
     async def registered(self, event: Event[VersionRegistered]) -> Sequence[Payload]:
         """The first gate."""
@@ -93,32 +93,55 @@ class Handlers:
         InvalidMessage
             The registry knows no such version.
         """
+        known = await self._known(event.data)
+        return await self._judged(known, event.data, event.data.environment)
+
+    async def example_set(self, event: Event[ExampleSet]) -> Sequence[Payload]:
+        """The second gate again, for a version that waited for an example.
+
+        Raises
+        ------
+        TransientError
+            This machine cannot try it now.
+        InvalidMessage
+            The registry knows no such version with this example.
+        """
         version = event.data
-        known = await self._known(version)
+        known = await self._known(version, lambda known: not _waits(known) or known.spec.example == version.example)
+        if not _waits(known) or known.environment is None:
+            return []  # read again, or archived meanwhile: there is nothing left to decide
+        return await self._judged(known, version, known.environment)
+
+    async def _judged(self, known: VersionSnapshot, version: VersionBuilt | ExampleSet, environment: EnvironmentLock) -> Sequence[Payload]:
         with telemetry.tracer().start_as_current_span("validate version") as span:
             try:
                 async with self._fetched(known.spec.artifact) as path:
-                    verdict = await self._try(path, known, version)
+                    verdict = await self._try(path, known, environment)
             except (ArtifactNotFoundError, ArtifactCorruptError, InvalidArgumentError) as error:
                 finding = rejection("artifact.missing", error.message, sha256=known.spec.artifact.sha256)
                 return [_rejected(version, Gate.VALIDATION, (finding,))]
             except ImpossibleEnvironmentError as error:
                 return [_rejected(version, Gate.VALIDATION, (rejection("trial.environment", error.message),))]
-            span.set_attribute("millrace.verdict", "validated" if verdict.accepted else "rejected")
-        return [_validated(version, verdict)]
+            fact = _verdict(version, verdict)
+            span.set_attribute("millrace.verdict", fact.event_type.split(".")[-2])
+        return [fact]
 
-    async def _known(self, version: VersionBuilt) -> VersionSnapshot:
+    async def _known(
+        self, version: VersionBuilt | ExampleSet, current: Callable[[VersionSnapshot], bool] = lambda _: True
+    ) -> VersionSnapshot:
         """Return the registry's snapshot of a version; fact and snapshot come from two topics, so it may be read a little later."""
         try:
             async with asyncio.timeout(self._tools.snapshot_wait_s):
-                while (known := self._tools.versions.get(version.model_name, version.version)) is None:  # noqa: ASYNC110 - milliseconds, once
-                    await asyncio.sleep(_SNAPSHOT_POLL_S)
-                return known
+                while True:
+                    known = self._tools.versions.get(version.model_name, version.version)
+                    if known is not None and current(known):
+                        return known
+                    await asyncio.sleep(_SNAPSHOT_POLL_S)  # milliseconds, once
         except TimeoutError as error:
             raise InvalidMessage(f"the registry knows no version {version.version} of {version.model_name!r}") from error
 
-    async def _try(self, path: Path, known: VersionSnapshot, version: VersionBuilt) -> Validation:
-        python = await self._tools.environments.ensure(version.environment)
+    async def _try(self, path: Path, known: VersionSnapshot, environment: EnvironmentLock) -> Validation:
+        python = await self._tools.environments.ensure(environment)
         spec = known.spec
         signature = spec.signature or (examples.shown_columns(spec.example) if spec.example else None)
         trial = Trial(python, path, await self._format(path, known), spec.example, signature, spec.forbid_batching, self._tools.limits)
@@ -154,7 +177,20 @@ def _inspected(version: VersionRegistered, inspection: Inspection) -> Payload:
     )
 
 
-def _validated(version: VersionBuilt, verdict: Validation) -> Payload:
+def _waits(version: VersionSnapshot) -> bool:
+    return version.status is VersionStatus.NEEDS_EXAMPLE
+
+
+def _verdict(version: VersionBuilt | ExampleSet, verdict: Validation) -> VersionNeedsExample | VersionValidated | VersionRejected:
+    if verdict.needs_example and verdict.signature is not None:
+        return VersionNeedsExample(
+            model_name=version.model_name,
+            version=version.version,
+            signature=verdict.signature,
+            reason=verdict.reason,
+            cage=verdict.cage,
+            findings=most_important(verdict.findings),
+        )
     if not verdict.accepted or verdict.signature is None or verdict.measurements is None:
         return _rejected(version, Gate.VALIDATION, verdict.findings)
     return VersionValidated(
@@ -168,7 +204,7 @@ def _validated(version: VersionBuilt, verdict: Validation) -> Payload:
     )
 
 
-def _rejected(version: VersionRegistered | VersionBuilt, gate: Gate, findings: tuple[Finding, ...]) -> VersionRejected:
+def _rejected(version: VersionRegistered | VersionBuilt | ExampleSet, gate: Gate, findings: tuple[Finding, ...]) -> VersionRejected:
     return VersionRejected(
         model_name=version.model_name,
         version=version.version,

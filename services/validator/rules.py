@@ -41,7 +41,7 @@ RULES = {
     "trial.example": 1,
     "trial.predict": 1,
     "trial.not_deterministic": 1,
-    "trial.no_example": 1,
+    "trial.no_example": 2,
     "trial.rows_depend": 1,
     "trial.golden_size": 1,
 }

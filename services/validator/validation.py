@@ -89,6 +89,8 @@ class Validation:
         ``{"request": example, "response": answer}`` in the example's own form.
     cage
         Which layers of the cage were active.
+    needs_example
+        Nothing that could be made up was answered, and there is no example; no verdict yet.
     """
 
     signature: Signature | None = None
@@ -96,15 +98,16 @@ class Validation:
     golden: dict[str, Any] | None = None
     cage: dict[str, bool] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    needs_example: bool = False
 
     @property
     def accepted(self) -> bool:
-        return self.signature is not None and not rejections(self.findings)
+        return self.signature is not None and not self.needs_example and not rejections(self.findings)
 
     @property
     def reason(self) -> str:
-        """The gravest finding, one sentence; empty when accepted."""
-        grave = rejections(self.findings)
+        """The gravest finding, or why an example is needed, one sentence; empty when accepted."""
+        grave = rejections(self.findings) or tuple(finding for finding in self.findings if finding.rule == "trial.no_example")
         return grave[0].message if grave else ""
 
 
@@ -210,18 +213,35 @@ async def _predict(runner: RunnerProcess, client: RunnerClient, trial: Trial, ve
 async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: Trial, verdict: Validation, load_s: float) -> Validation:
     """Ask for a made-up row, to see whether the model answers at all; one that refuses it may still be a good model."""
     assert verdict.signature is not None  # noqa: S101 (set by the caller; for the type checker)
-    request = InferRequest(made_up_inputs(verdict.signature))
-    latencies: list[float] = []
     try:
-        answer = await _ask(client, request.inputs, None, trial.limits)
-        latencies, _ = await _measure(client, request, answer, trial.limits)
+        inputs, answer = await _answered(client, verdict.signature, trial.limits)
+        latencies, _ = await _measure(client, InferRequest(inputs), answer, trial.limits)
         verdict = await _judge_rows(client, trial, verdict, [])
     except (InvalidInputError, ModelError) as error:
         text = f"there is no example, and the model refused a made-up row: {error.message}"
-        verdict = _with(verdict, warning("trial.no_example", text))
+        return replace(_with(verdict, warning("trial.no_example", text, **_exception(error))), needs_example=True)
     except MillraceError as error:
         return _with(verdict, await _predict_finding(error, runner, trial.limits))
     return replace(verdict, measurements=await _measurements(client, load_s, latencies))
+
+
+async def _answered(client: RunnerClient, signature: Signature, limits: TrialLimits) -> tuple[Arrays, InferResponse]:
+    """Return the made-up row that the model answers, with the answer: one of zeros, else one of other values.
+
+    Raises
+    ------
+    InvalidInputError, ModelError
+        It refuses both; what it says to the zeros, which is the easier to understand.
+    """
+    zeros = made_up_inputs(signature)
+    try:
+        return zeros, await _ask(client, zeros, None, limits)
+    except (InvalidInputError, ModelError) as refusal:
+        row = {name: array[:1] for name, array in independence.made_up_rows(signature).items()}
+        try:
+            return row, await _ask(client, row, None, limits)
+        except (InvalidInputError, ModelError):
+            raise refusal from None
 
 
 async def _judge_rows(client: RunnerClient, trial: Trial, verdict: Validation, sets: list[Arrays]) -> Validation:
@@ -325,8 +345,14 @@ async def _predict_finding(error: MillraceError, runner: RunnerProcess, limits: 
         message = f"the model's process {status.description} instead of answering its example"
         return rejection("trial.predict", message, kind="exited", code=status.code)
     if isinstance(error, InvalidInputError):
-        return rejection("trial.example", f"the model refuses its example: {error.message}")
-    return rejection("trial.predict", f"{error.message}, on its example", kind="raised")
+        return rejection("trial.example", f"the model refuses its example: {error.message}", **_exception(error))
+    return rejection("trial.predict", f"{error.message}, on its example", kind="raised", **_exception(error))
+
+
+def _exception(error: MillraceError) -> dict[str, str]:
+    """Evidence: the type of what the model raised, where it is known."""
+    name = error.exception if isinstance(error, InvalidInputError | ModelError) else None
+    return {} if name is None else {"exception": name}
 
 
 def _with_golden(verdict: Validation, example: Mapping[str, Any], request: InferRequest, answer: InferResponse) -> Validation:

@@ -142,6 +142,62 @@ def test_waiting_upload_of_a_rejected_version_fails_with_the_reason(store: FakeG
     assert outcome.out == ""
 
 
+WARNINGS = [
+    {"rule": "requirements.missing", "severity": "warn", "message": "pandas may be needed"},
+    {"rule": "trial.no_example", "severity": "warn", "message": "it refused a made-up row"},
+]
+
+
+def test_waiting_upload_of_a_version_that_needs_an_example_says_what_helps(store: FakeGateway, run: Run, file: Path) -> None:
+    needs = version("needs_example", reason="it refused a made-up row", findings=WARNINGS)
+    lives(store, event("millrace.validator.version.needs_example.v1", 1), end=needs)
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert (outcome.exit_code, outcome.out) == (1, "")
+    assert outcome.err.splitlines()[-2:] == [
+        "warning: pandas may be needed (requirements.missing)",
+        "millrace: cancer@1 needs an example: it refused a made-up row; give it one: millrace models example cancer@1 FILE --wait",
+    ]
+
+
+def test_waiting_upload_prints_every_warning(store: FakeGateway, run: Run, file: Path) -> None:
+    lives(store, event("millrace.validator.version.validated.v1", 1), end=version("validated", findings=WARNINGS))
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert outcome.exit_code == 0
+    assert [line for line in outcome.err.splitlines() if line.startswith("warning")] == [
+        "warning: pandas may be needed (requirements.missing)",
+        "warning: it refused a made-up row (trial.no_example)",
+    ]
+
+
+def test_upload_can_forbid_batching(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    assert run("models", "upload", file, "--name", "cancer", "--forbid-batching").exit_code == 0
+    assert store.sent("POST", VERSIONS).json["forbid_batching"] is True
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (version("validated"), 0, "cancer@1 is validated"),
+        (version("rejected", reason="it refuses its example"), 1, "millrace: cancer@1 was rejected: it refuses its example"),
+    ],
+    ids=["validated", "rejected"],
+)
+@pytest.mark.usefixtures("impatient")
+def test_an_example_is_given_to_a_version_and_its_verdict_waited_for(
+    gateway: FakeGateway, run: Run, tmp_path: Path, end: dict[str, Any], code: int, said: str
+) -> None:
+    (tmp_path / "example.csv").write_text("city,age\nLyon,41\n")
+    tried = version("needs_example", reason="it refused a made-up row")
+    tried["spec"] = {**tried["spec"], "example": {"csv": "city,age\nLyon,41\n"}}
+    views = iter([tried, tried])
+    gateway.on("POST", f"{VERSIONS}/1:example", tried)
+    gateway.on("GET", f"{VERSIONS}/1", lambda _: (200, next(views, end)))
+    outcome = run("models", "example", "cancer@1", tmp_path / "example.csv", "--wait")
+    assert (outcome.exit_code, (outcome.out + outcome.err).splitlines().count(said)) == (code, 1)
+    assert gateway.sent("POST", f"{VERSIONS}/1:example").json == {"example": {"csv": "city,age\nLyon,41\n"}}
+
+
 def test_looking_how_far_it_is_leaves_no_marks_in_the_trace(store: FakeGateway, run: Run, file: Path) -> None:
     lives(store, event("millrace.validator.version.validated.v1", 1), end=version("validated"))
     assert run("models", "upload", file, "--name", "cancer", "--wait").exit_code == 0

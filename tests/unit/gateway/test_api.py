@@ -8,12 +8,14 @@ import pytest
 
 from libs.errors import TransientError
 from libs.messaging import cloudevents
+from schemas.environment import VersionBuilt
 from schemas.registry import CreateEndpoint, DeleteEndpoint, DeploymentStatus, DeployVersion, UndeployVersion
 from schemas.serving import DeploymentRemoved
 from schemas.topics import COMMANDS, DLQ
+from schemas.validation import VersionInspected, VersionNeedsExample
 from services.gateway.app import StateFollower
 from services.gateway.commands import Commander
-from tests.unit.gateway.conftest import NOW
+from tests.unit.gateway.conftest import LOCK, NOW, SIGNATURE
 
 ARTIFACT = {"sha256": "a" * 64, "size_bytes": 1, "filename": "m.joblib"}
 
@@ -176,6 +178,35 @@ async def test_aliases_move_and_go(world):
     assert (await world.http.get("/api/v1/models/m/versions/prod")).status_code == 404
     answer = await world.http.post("/api/v1/models/m/versions/1:archive")
     assert (answer.status_code, answer.json()["status"]) == (200, "archived")
+
+
+async def test_a_version_that_needs_an_example_takes_one(world):
+    body = {"artifact": await world.upload()}
+    await world.http.post("/api/v1/models/m/versions", json=body)
+    await world.publish(
+        VersionInspected(model_name="m", version=1, format="sklearn", requirements=(), inferred=False),
+        VersionBuilt(model_name="m", version=1, environment=LOCK, reused=False, resolve_s=0, install_s=0),
+        VersionNeedsExample(model_name="m", version=1, signature=SIGNATURE, reason="it refused"),
+    )
+    await world.until("/api/v1/models/m/versions/1", lambda view: view["status"] == "needs_example")
+    await world.http.post("/api/v1/endpoints", json={"name": "e"})
+    answer = await world.http.post("/api/v1/endpoints/e/deployments", json={"model": "m", "version": 1})
+    assert (answer.status_code, "millrace models example m@1 FILE" in answer.json()["error"]) == (409, True)
+    answer = await world.http.post("/api/v1/models/m/versions/1:example", json={"example": {"rows": []}})
+    assert answer.status_code == 400
+    example = {"instances": [[1, 2]]}
+    answer = await world.http.post("/api/v1/models/m/versions/1:example", json={"example": example})
+    assert (answer.status_code, answer.json()["status"], answer.json()["spec"]["example"]) == (200, "needs_example", example)
+    answer = await world.http.post("/api/v1/models/m/versions", json={**body, "example": example})
+    assert (answer.status_code, answer.json()["version"], answer.json()["spec"]["example"]) == (200, 1, example)
+    answer = await world.http.post("/api/v1/models/m/versions/2:example", json={"example": example})
+    assert answer.status_code == 404
+
+
+async def test_the_uploader_may_forbid_batching(world):
+    body = {"artifact": await world.upload(), "forbid_batching": True}
+    answer = await world.http.post("/api/v1/models/m/versions", json=body)
+    assert answer.json()["spec"]["forbid_batching"] is True
 
 
 async def test_the_life_of_a_deployment(world):

@@ -6,7 +6,7 @@ import pytest
 
 from schemas.base import Fact
 from schemas.environment import EnvironmentLock, VersionBuildFailed, VersionBuilt
-from schemas.inference import Datatype, Signature, TensorSpec
+from schemas.inference import Datatype, DeclaredSignature, Signature, TensorSpec
 from schemas.registry import (
     AliasSet,
     ArchiveVersion,
@@ -15,10 +15,12 @@ from schemas.registry import (
     DeleteEndpoint,
     DeploymentStatus,
     DeployVersion,
+    ExampleSet,
     RefusalKind,
     RegisterVersion,
     Replica,
     SetAlias,
+    SetExample,
     SetTraffic,
     TrafficChanged,
     UndeployVersion,
@@ -28,7 +30,7 @@ from schemas.registry import (
     VersionStatus,
 )
 from schemas.serving import DeploymentChanged, DeploymentFailed, DeploymentReady, DeploymentRemoved
-from schemas.validation import Measurements, VersionInspected, VersionRejected, VersionValidated
+from schemas.validation import Finding, Measurements, Severity, VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
 from services.registry.errors import RefusedError
 from services.registry.handlers import COMMAND_RULES, OUTCOME_RULES
 from services.registry.state import Context, State
@@ -69,6 +71,21 @@ class World:
         measured = Measurements(load_s=1, peak_memory_bytes=1)
         self.do(VersionValidated(model_name=model, version=version, signature=SIGNATURE, measurements=measured))
 
+    def wait_for_example(self, model="iris", version=1) -> None:
+        self.do(
+            VersionInspected(
+                model_name=model,
+                version=version,
+                format="sklearn",
+                requirements=(),
+                inferred=True,
+                findings=(_warning("requirements.missing"),),
+            )
+        )
+        self.do(VersionBuilt(model_name=model, version=version, environment=LOCK, reused=False, resolve_s=1, install_s=1))
+        findings = (_warning("trial.no_example"),)
+        self.do(VersionNeedsExample(model_name=model, version=version, signature=SIGNATURE, reason="it refused", findings=findings))
+
     def deploy(self, model="iris", version=1, endpoint="flowers", **options) -> str:
         if endpoint not in self.state.endpoints:
             self.do(CreateEndpoint(endpoint_name=endpoint))
@@ -100,6 +117,10 @@ def serving() -> World:
         world.validate(version=world.register(content=content))
     world.ready(world.deploy())
     return world
+
+
+def _warning(rule: str) -> Finding:
+    return Finding(rule=rule, rule_version=1, severity=Severity.WARN, message="look at this")
 
 
 def _spec(content="a", **spec) -> VersionSpec:
@@ -169,6 +190,112 @@ def test_content_that_was_rejected_stays_rejected_until_its_version_is_archived(
     )
     world.do(ArchiveVersion(model_name="iris", version=1))
     assert world.register() == 2
+
+
+EXAMPLE = {"instances": [[1, 2, 3, 4]]}
+
+
+def test_a_version_that_needs_an_example_gets_one_and_is_validated(world):
+    world.register()
+    world.wait_for_example()
+    waiting = world.state.versions["iris@1"]
+    assert (waiting.status, waiting.reason, waiting.signature) == (VersionStatus.NEEDS_EXAMPLE, "it refused", SIGNATURE)
+    facts = world.do(SetExample(model_name="iris", version=1, example=EXAMPLE))
+    assert facts == (ExampleSet(model_name="iris", version=1, example=EXAMPLE),)
+    measured = Measurements(load_s=1, peak_memory_bytes=1)
+    world.do(VersionValidated(model_name="iris", version=1, signature=SIGNATURE, measurements=measured))
+    version = world.state.versions["iris@1"]
+    assert (version.status, version.reason, version.spec.example) == (VersionStatus.VALIDATED, None, EXAMPLE)
+    assert [finding.rule for finding in version.findings] == ["requirements.missing"]
+    assert list(version.stage_times) == ["registered", "inspected", "built", "needs_example", "validated"]
+
+
+@pytest.mark.parametrize("end", ["rejected", "archived"])
+def test_a_version_that_needs_an_example_may_end_otherwise(world, end):
+    world.register()
+    world.wait_for_example()
+    if end == "archived":
+        world.do(ArchiveVersion(model_name="iris", version=1))
+    else:
+        world.do(VersionRejected(model_name="iris", version=1, gate="validation", reason="it refuses its example"))
+    assert world.state.versions["iris@1"].status == end
+
+
+@pytest.mark.parametrize("version", [1, None])
+def test_a_version_that_needs_an_example_cannot_be_deployed(world, version):
+    world.register()
+    world.wait_for_example()
+    world.do(CreateEndpoint(endpoint_name="flowers"))
+    error = world.refused(DeployVersion(endpoint_name="flowers", model_name="iris", version=version))
+    assert (error.kind, error.message) == (
+        RefusalKind.CONFLICT,
+        "version 1 of 'iris' has answered nothing yet and needs an example before it can be deployed: "
+        "`millrace models example iris@1 FILE`; it refused",
+    )
+
+
+def test_only_a_version_that_needs_an_example_takes_one(world):
+    world.register()
+    world.validate()
+    error = world.refused(SetExample(model_name="iris", version=1, example=EXAMPLE))
+    assert (error.kind, error.message) == (
+        RefusalKind.CONFLICT,
+        "version 1 of 'iris' is validated; only one that needs an example takes one",
+    )
+
+
+def test_while_an_example_is_tried_only_the_same_may_be_given_again(world):
+    world.register()
+    world.wait_for_example()
+    command = SetExample(model_name="iris", version=1, example=EXAMPLE)
+    assert world.do(command) == world.do(command)
+    other = SetExample(model_name="iris", version=1, example={"instances": [[0, 0, 0, 0]]})
+    assert world.refused(other).message == "version 1 of 'iris' is being tried with another example; wait for the verdict"
+    assert world.state.versions["iris@1"].spec.example == EXAMPLE
+
+
+def test_an_example_that_is_too_large_for_the_state_is_refused(world):
+    world.register()
+    world.wait_for_example()
+    assert world.refused(SetExample(model_name="iris", version=1, example={"csv": "a" * 10_000_000})).kind is RefusalKind.INVALID
+    assert world.state.versions["iris@1"].spec.example is None
+
+
+def test_content_whose_version_waits_brings_it_its_example(world):
+    world.register()
+    world.wait_for_example()
+    facts = world.do(RegisterVersion(model_name="iris", spec=_spec(example=EXAMPLE), aliases=("prod",)))
+    assert [type(fact) for fact in facts] == [VersionAlreadyRegistered, ExampleSet]
+    version = world.state.versions["iris@1"]
+    assert (version.spec.example, version.pending_aliases, version.status) == (EXAMPLE, ("prod",), VersionStatus.NEEDS_EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"format": "sklearn"},
+        {"requirements": ("scikit-learn",)},
+        {"code": Artifact(sha256="c" * 64, size_bytes=1, filename="features.py")},
+        {"allow_code": True},
+        {"signature": DeclaredSignature(inputs=SIGNATURE.inputs)},
+        {"forbid_batching": True},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_same_artifact_with_other_terms_is_another_version(world, other):
+    assert [world.register(), world.register(**other), world.register(**other)] == [1, 2, 2]
+
+
+def test_what_only_describes_a_version_makes_no_other(world):
+    world.register()
+    world.validate()
+    assert [world.register(example=EXAMPLE), world.register(description="again"), world.register(labels={"a": "b"})] == [1, 1, 1]
+
+
+def test_what_was_rejected_with_one_example_is_judged_again_with_another(world):
+    world.register(example={"instances": [["a"]]})
+    world.do(VersionRejected(model_name="iris", version=1, gate="validation", reason="the example does not fit the model"))
+    assert world.register(example=EXAMPLE) == 2
 
 
 def test_a_version_lives_from_registered_to_validated(world):

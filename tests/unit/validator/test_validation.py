@@ -70,10 +70,33 @@ async def test_without_an_example_the_model_is_asked_for_a_made_up_row(tmp_path:
     assert verdict.measurements.predict_p50_s is not None
 
 
-async def test_a_model_that_refuses_a_made_up_row_is_warned_about_only(tmp_path: Path) -> None:
+async def test_a_model_that_refuses_a_made_up_row_needs_an_example(tmp_path: Path) -> None:
     verdict = await tried(on_request("1 / 0"), tmp_path, example=None)
-    assert verdict.accepted
-    assert [finding.rule for finding in verdict.findings] == ["trial.no_example"]
+    assert (verdict.accepted, verdict.needs_example) == (False, True)
+    assert verdict.signature is not None
+    assert (
+        verdict.reason == "there is no example, and the model refused a made-up row: the model raised ZeroDivisionError: division by zero"
+    )
+    (finding,) = verdict.findings
+    assert (finding.rule, finding.severity, finding.evidence) == ("trial.no_example", Severity.WARN, {"exception": "ZeroDivisionError"})
+
+
+async def test_a_model_that_refuses_only_zeros_needs_no_example(tmp_path: Path) -> None:
+    verdict = await tried(on_request("X.sum(1) if X.any() else 1 / 0"), tmp_path, example=None)
+    assert (verdict.accepted, verdict.needs_example) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("expression", "exception"), [("1 / 0", "ZeroDivisionError"), ("{}['city']", "KeyError"), ("bytearray(2 << 30)", "MemoryError")]
+)
+async def test_the_type_of_what_the_model_raised_is_in_the_evidence(expression: str, exception: str, tmp_path: Path) -> None:
+    verdict = await tried(on_request(expression), tmp_path)
+    assert verdict.findings[-1].evidence == {"kind": "raised", "exception": exception}
+
+
+async def test_the_type_of_a_refusal_is_in_the_evidence(tmp_path: Path) -> None:
+    verdict = await tried(saved(fitted(), tmp_path / "m"), tmp_path, example={"instances": [[float("nan"), 1.0]]})
+    assert verdict.findings[-1].evidence == {"exception": "ValueError"}
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from libs.messaging.memory import MemoryBroker
 from libs.settings import ProcessSettings
 from schemas.base import Payload
 from schemas.environment import EnvironmentLock, VersionBuilt
-from schemas.registry import Artifact, ArtifactFormat, VersionRegistered, VersionSnapshot, VersionSpec, VersionStatus
+from schemas.registry import Artifact, ArtifactFormat, ExampleSet, VersionRegistered, VersionSnapshot, VersionSpec, VersionStatus
 from schemas.topics import DLQ, EVENTS
-from schemas.validation import Gate, VersionInspected, VersionRejected, VersionValidated
+from schemas.validation import Gate, VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
 from services.validator import adapters
 from services.validator.adapters import Versions, Workplace
 from services.validator.app import GROUP, build
@@ -30,7 +30,7 @@ from services.validator.handlers import Handlers, Tools
 from services.validator.rules import rejection
 from services.validator.settings import Settings
 from services.validator.validation import Trial, Validation
-from tests.unit.runner.models import row_sums
+from tests.unit.runner.models import on_request, row_sums
 from tests.unit.validator.files import fitted, saved
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -165,6 +165,41 @@ async def test_a_built_version_is_tried_in_its_environment(
     assert fact.measurements.predict_p50_s is not None
     assert fact.signature.inputs[0].shape == (-1, 3)
     assert list((tmp_path / "home").rglob("artifact*")) == []
+
+
+POSITIVE = "X.sum(1) if (X > 2).all() else 1 / 0"
+"""Answers a row whose numbers are all greater than 2, which no made-up row has."""
+
+
+async def test_a_model_that_answers_no_made_up_row_needs_an_example(
+    memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path
+) -> None:
+    artifact = await stored(store, pickle.dumps(on_request(POSITIVE)))
+    (fact,) = await said(memory_broker, store, tmp_path / "home", snapshot(artifact, spec=VersionSpec(artifact=artifact)), BUILT)
+    assert isinstance(fact, VersionNeedsExample)
+    assert fact.reason == "there is no example, and the model refused a made-up row: the model raised ZeroDivisionError: division by zero"
+    assert fact.signature.inputs[0].shape == (-1, 3)
+
+
+@pytest.mark.parametrize(("row", "verdict"), [([3.0, 4.0, 5.0], VersionValidated), ([0.0, 4.0, 5.0], VersionRejected)])
+async def test_a_version_that_waited_is_tried_with_its_new_example(
+    row: list[float], verdict: type[Payload], memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path
+) -> None:
+    artifact = await stored(store, pickle.dumps(on_request(POSITIVE)))
+    example = {"instances": [row]}
+    given = VersionSpec(artifact=artifact, example=example)
+    waiting = snapshot(artifact, spec=given, status=VersionStatus.NEEDS_EXAMPLE, environment=LOCK)
+    (fact,) = await said(memory_broker, store, tmp_path / "home", waiting, ExampleSet(model_name="iris", version=1, example=example))
+    assert type(fact) is verdict
+
+
+@pytest.mark.parametrize("status", [VersionStatus.VALIDATED, VersionStatus.ARCHIVED])
+async def test_an_example_that_is_read_again_when_all_is_decided_is_not_tried(
+    status: VersionStatus, memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path
+) -> None:
+    artifact = await stored(store, pickle.dumps(row_sums()))
+    decided = snapshot(artifact, status=status, environment=LOCK)
+    assert await said(memory_broker, store, tmp_path / "home", decided, ExampleSet(model_name="iris", version=1, example=EXAMPLE)) == []
 
 
 async def test_a_built_version_waits_for_what_is_known_of_it(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
