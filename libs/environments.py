@@ -26,6 +26,7 @@ from pathlib import Path
 
 import uv
 
+from libs.environment_files import differing_from_manifest, differing_from_records, write_manifest
 from libs.errors import ConfigurationError, DeadlineExceededError, InvalidArgumentError, MillraceError, TransientError
 from schemas.environment import EnvironmentLock
 
@@ -176,9 +177,10 @@ async def base_python(version: str, uv: Path) -> Path:
 class EnvironmentCache:
     """Environments on this machine, each in ``<root>/<environment id>``.
 
-    An environment is built beside its place and renamed into it, so what is there is complete, also after a crash in the middle. One
-    process builds, others that want the same wait for it. Packages are hard links into uv's cache where the file system allows it: a second
-    environment with the same packages takes almost no space, and whoever runs a model in one must not let it write there.
+    An environment is built beside its place and renamed into it, so what is there is complete, also after a crash in the middle. At each
+    use it is compared with what was installed, and installed again where it differs. One process builds, others that want the same wait for
+    it. Packages are hard links into uv's cache where the file system allows it: a second environment with the same packages takes almost no
+    space, and whoever runs a model in one must not let it write there.
 
     Parameters
     ----------
@@ -215,12 +217,30 @@ class EnvironmentCache:
         DeadlineExceededError
             The installation took too long.
         """
-        if not self.holds(lock):
+        if not await self._is_intact(lock):
             _check(lock)
             async with self._exclusively(lock):
-                if not self.holds(lock):
+                if not await self._is_intact(lock):
                     await self._build(lock)
         return self.python_of(lock)
+
+    async def _is_intact(self, lock: EnvironmentLock) -> bool:
+        """Whether the environment is there, and its files are those that were installed."""
+        return self.holds(lock) and await asyncio.to_thread(self._verify, self._root / lock.environment_id)
+
+    def _verify(self, environment: Path) -> bool:
+        differing = differing_from_manifest(environment)
+        if differing is None:  # made before there were manifests
+            differing = differing_from_records(environment)
+            if not differing:
+                with contextlib.suppress(OSError):
+                    write_manifest(environment)
+        if differing:
+            log.error(
+                "the environment %s is damaged: %d of its files are not those that were installed, such as %s; it is installed again",
+                *(environment, len(differing), differing[0]),
+            )
+        return not differing
 
     async def _build(self, lock: EnvironmentLock) -> None:
         started = time.monotonic()
@@ -231,16 +251,33 @@ class EnvironmentCache:
             await self._uv_or_raise(lock, "venv", "--no-project", "--relocatable", "--python", str(python), "--quiet", str(staging))
             requirements = staging / "requirements.lock"
             requirements.write_text(lock.lock)
-            await self._uv_or_raise(
-                lock,
-                *("pip", "sync", str(requirements), "--python", str(staging / "bin" / "python")),
-                *("--require-hashes", "--only-binary", ":all:", "--link-mode", "hardlink", "--quiet"),
-            )
+            await self._install(lock, staging, requirements, "--link-mode", "hardlink")
+            if await asyncio.to_thread(differing_from_records, staging):
+                # A file in uv's cache is damaged: it is the same file as in the environments that have it.
+                log.warning("packages in uv's cache are damaged; those of environment %s are fetched again", lock.environment_id)
+                await self._install(lock, staging, requirements, "--no-cache", "--reinstall", "--link-mode", "copy")
+                if damaged := await asyncio.to_thread(differing_from_records, staging):
+                    raise EnvironmentUnavailableError(
+                        f"The environment {lock.environment_id} was installed, but {damaged[0]} is not what its package says."
+                    )
+            if self.holds(lock):  # damaged, and so may be the bytecode that it shares
+                await asyncio.to_thread(shutil.rmtree, self._root / ".bytecode", ignore_errors=True)
             await self._compile(python, staging / "lib")
+            await asyncio.to_thread(write_manifest, staging)
+            if self.holds(lock):
+                (self._root / lock.environment_id).rename(staging.with_name(f"{staging.name}.damaged"))
             staging.rename(self._root / lock.environment_id)
+            await asyncio.to_thread(shutil.rmtree, staging.with_name(f"{staging.name}.damaged"), ignore_errors=True)
         finally:
             await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
         log.info("built environment %s in %.2f s", lock.environment_id, time.monotonic() - started)
+
+    async def _install(self, lock: EnvironmentLock, staging: Path, requirements: Path, *options: str) -> None:
+        await self._uv_or_raise(
+            lock,
+            *("pip", "sync", str(requirements), "--python", str(staging / "bin" / "python")),
+            *("--require-hashes", "--only-binary", ":all:", "--quiet", *options),
+        )
 
     async def _compile(self, python: Path, tree: Path) -> None:
         """Compile the packages, but not their tests, to bytecode (see ``libs.bytecode``).

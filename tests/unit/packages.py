@@ -1,5 +1,6 @@
 """Small packages in a directory that stands in for the package index, so that uv works for real and without a network."""
 
+import base64
 import hashlib
 import io
 import tarfile
@@ -33,7 +34,7 @@ class PackageDirectory:
             f"{info}/METADATA": "".join(metadata),
             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         }
-        files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+        files[f"{info}/RECORD"] = "".join(f"{path},{_hashed(content)}\n" for path, content in files.items()) + f"{info}/RECORD,,\n"
         path = self._root / f"{module}-{version}-py3-none-any.whl"
         with zipfile.ZipFile(path, "w") as wheel:
             for file, content in files.items():
@@ -57,3 +58,9 @@ def program(path: Path, shell: str) -> Path:
     path.write_text(f"#!/bin/sh\n{shell}\n")
     path.chmod(0o755)
     return path
+
+
+def _hashed(content: str) -> str:
+    """Hash and size of a file as ``RECORD`` has them."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).decode().rstrip("=")
+    return f"sha256={digest},{len(content.encode())}"

@@ -143,6 +143,58 @@ class TestCache:
             await EnvironmentCache(root).ensure(lock)
         assert _names(tmp_path) == ["environments", "packages", "packages.toml", "uv-cache"]
 
+    @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+    async def test_a_damaged_environment_is_installed_again(
+        self, packages: PackageDirectory, root: Path, caplog: pytest.LogCaptureFixture, damage: str
+    ) -> None:
+        lock = make_lock(packages.add_wheel("pump", "2.5"))
+        cache = EnvironmentCache(root)
+        python = await cache.ensure(lock)
+        (module,) = python.parent.parent.glob("lib/*/site-packages/pump/__init__.py")
+        right = module.read_bytes()
+        if damage == "remove":
+            module.unlink()
+        elif damage == "manifest":
+            (python.parent.parent / "manifest.json").write_text("{")
+        else:
+            module.write_bytes(right[:-1] if damage == "cut" else bytes([right[0] ^ 1]) + right[1:])
+        assert await cache.ensure(lock) == python
+        assert module.read_bytes() == right
+        assert _import(python, "import pump; print(pump.version)").stdout == "2.5\n"
+        assert "is damaged" in caplog.text
+        assert _names(root / ".building") == []
+        caplog.clear()
+        await cache.ensure(lock)
+        assert caplog.text == ""
+
+    async def test_damaged_bytecode_is_made_again(self, packages: PackageDirectory, root: Path) -> None:
+        lock = make_lock(packages.add_wheel("pump", "2.5"))
+        python = await EnvironmentCache(root).ensure(lock)
+        (compiled,) = python.parent.parent.glob("lib/*/site-packages/pump/__pycache__/*.pyc")
+        compiled.write_bytes(b"no bytecode")
+        await EnvironmentCache(root).ensure(lock)
+        assert _import(python, "import pump; print(pump.version)").stdout == "2.5\n"
+
+    async def test_a_file_damaged_in_the_cache_of_packages_is_not_installed(self, packages: PackageDirectory, root: Path) -> None:
+        pump, other = packages.add_wheel("pump", "2.5"), packages.add_wheel("wheel-pit")
+        first = await EnvironmentCache(root).ensure(make_lock(pump))
+        (module,) = first.parent.parent.glob("lib/*/site-packages/pump/__init__.py")
+        module.write_bytes(b"version = '9.9'\n")
+        second = await EnvironmentCache(root).ensure(make_lock(pump + other))
+        assert _import(second, "import pump; print(pump.version)").stdout == "2.5\n"
+
+    async def test_an_environment_without_a_manifest_is_compared_with_its_packages_once(
+        self, packages: PackageDirectory, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lock = make_lock(packages.add_wheel("pump"))
+        environment = (await EnvironmentCache(root).ensure(lock)).parent.parent
+        (environment / "manifest.json").unlink()
+        inode = environment.stat().st_ino
+        await EnvironmentCache(root, uv=Path("no-such-uv")).ensure(lock)
+        assert (environment / "manifest.json").exists()
+        assert environment.stat().st_ino == inode
+        assert caplog.text == ""
+
     async def test_a_lock_under_a_false_id_is_refused(self, root: Path) -> None:
         lock = make_lock(f"a==1 {HASH}")
         with pytest.raises(ImpossibleEnvironmentError, match="does not have that id"):
