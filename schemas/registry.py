@@ -59,6 +59,7 @@ class VersionSpec(Contract):
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None
     signature: DeclaredSignature | None = Field(default=None, description="As the uploader declares it; null: found in the trial.")
+    allow_code: bool = Field(default=False, description="The uploader's consent to code that the artifact carries or calls.")
     forbid_batching: bool = Field(default=False, description="Never join or cut requests, whatever the trial finds.")
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)

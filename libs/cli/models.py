@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from libs.cli import output, references
-from libs.cli.errors import CommandError, StageFailedError, UsageError
+from libs.cli import folders, output, references
+from libs.cli.errors import CommandError, StageFailedError
 from libs.cli.session import Session, open_session
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def upload(
-    path: Annotated[Path, typer.Argument(help="The model's file.")],
+    path: Annotated[Path, typer.Argument(help="The model's file, or an MLflow model's folder.")],
     name: Annotated[str, typer.Option("--name", help="Model to add a version to; it is made if it does not exist.")],
     artifact_format: Annotated[str | None, typer.Option("--format", help="sklearn or onnx; else decided by content.")] = None,
     requirements: Annotated[Path | None, typer.Option("--requirements", help="requirements.txt; else inferred from the file.")] = None,
@@ -35,6 +35,9 @@ def upload(
     signature: Annotated[
         Path | None, typer.Option("--signature", help="Typed columns or inputs (JSON), also in MLflow's form; else found in the trial.")
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Consent to code that the file carries, or calls when it is loaded.")
+    ] = False,
     forbid_batching: Annotated[
         bool, typer.Option("--forbid-batching", help="Never join or cut requests, whatever the trial finds.")
     ] = False,
@@ -45,21 +48,22 @@ def upload(
     as_json: AsJson = False,
 ) -> None:
     """Upload a file as the next version of a model."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+    given = folders.resolve(path)
     body: dict[str, Any] = {
         "format": artifact_format,
-        "requirements": requirement_lines(requirements) if requirements else None,
-        "example": read_example(example) if example else None,
+        "requirements": _requirements(requirements, given),
+        "example": _example(example, given),
         "signature": read_json(signature) if signature else None,
         "forbid_batching": forbid_batching or None,
+        "allow_code": allow_code or None,
         "aliases": alias or None,
         "description": description or None,
         "labels": references.labels(label) if label else None,
     }
     with open_session("models upload") as session:
         with _warnings_on_failure():
-            view, is_new = upload_version(session, path, name, {key: value for key, value in body.items() if value is not None}, wait=wait)
+            given_body = {key: value for key, value in body.items() if value is not None}
+            view, is_new = upload_version(session, given.file, name, given_body, wait=wait)
         _note_warnings(view)
         if as_json:
             output.show_json({**view, "trace_id": session.trace_id})
@@ -202,6 +206,19 @@ def _note_warnings(version: "Json") -> None:
     for finding in version.get("findings") or []:
         if finding["severity"] == "warn" and finding["message"] != version.get("reason"):
             output.note(f"warning: {finding['message']} ({finding['rule']})")
+
+
+def _requirements(named: Path | None, given: folders.Given) -> list[str] | None:
+    """The requirements that are named, else those beside the model, else none: they are inferred."""
+    if named is not None:
+        return requirement_lines(named)
+    return folders.without_mlflow(requirement_lines(given.requirements)) if given.requirements else None
+
+
+def _example(named: Path | None, given: folders.Given) -> Any:
+    if named is not None:
+        return read_example(named)
+    return folders.as_request(read_json(given.example)) if given.example else None
 
 
 def requirement_lines(path: Path) -> list[str]:

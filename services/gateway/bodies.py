@@ -90,6 +90,7 @@ class NewVersion(Body):
     )
     signature: DeclaredSignature | None = Field(default=None, description="Typed inputs or columns; absent: found in the trial.")
     forbid_batching: bool = Field(default=False, description="Never join or cut requests, whatever the trial finds.")
+    allow_code: bool = Field(default=False, description="Consent to code that the artifact carries, or calls when it is loaded.")
     aliases: tuple[Alias, ...] = ()
     description: str = Field(default="", max_length=4096)
     labels: Labels = Field(default_factory=dict)

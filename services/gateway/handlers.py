@@ -110,6 +110,7 @@ class Management:
                     example=body.example,
                     signature=body.signature,
                     forbid_batching=body.forbid_batching,
+                    allow_code=body.allow_code,
                     description=body.description,
                     labels=body.labels,
                     lineage=Lineage(**dict(body.lineage)),

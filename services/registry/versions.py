@@ -245,8 +245,7 @@ def _same_content(version: VersionSnapshot, spec: VersionSpec) -> bool:
 
 def _identity(spec: VersionSpec) -> tuple[object, ...]:
     """What makes a version the one that it is; not its example, name of the file, description, labels or lineage."""
-    code = spec.code.sha256 if spec.code is not None else None
-    return (spec.artifact.sha256, code, spec.allow_code, spec.format, spec.requirements, spec.signature, spec.forbid_batching)
+    return (spec.artifact.sha256, spec.allow_code, spec.format, spec.requirements, spec.signature, spec.forbid_batching)
 
 
 def _check_usable(version: VersionSnapshot) -> None:

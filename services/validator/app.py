@@ -41,6 +41,7 @@ def build(
         workplace=workplace,
         limits=settings.limits,
         expanded_max_bytes=settings.expanded_max_bytes,
+        allow_code=settings.allow_code,
         attempt=attempt,
     )
     processor = Processor("validator", Handlers(tools).table(), clock=clock)

@@ -16,6 +16,7 @@ from services.validator.rules import rejection
 
 HEAD_BYTES = 4096
 _LARGEST_PICKLE_PROTOCOL = 5
+_MODEL_SUFFIXES = (".joblib", ".pkl", ".pickle", ".onnx")
 _MAX_CENTRAL_DIRECTORY_BYTES = 4 * 1024 * 1024
 
 _KNOWN_PREFIXES = {
@@ -94,7 +95,7 @@ def _known(head: bytes) -> str | None:
         if start.startswith(prefix):
             return kind
     if head[257:262] == b"ustar":
-        return "a tar archive"
+        return "a tar archive (unpack it, and upload the model's file that is in it)"
     return "a safetensors file" if head[8:10] == b'{"' and head[4:8] == b"\0\0\0\0" else None
 
 
@@ -152,7 +153,7 @@ def _compressed(path: Path, compression: str, limit_bytes: int) -> Recognition:
         return _broken(kind, error.message, compression)
     if head[:1] == b"\x80" and head[1:2] and head[1] <= _LARGEST_PICKLE_PROTOCOL:
         return _pickle(path, compression, limit_bytes)
-    inner = _known(head) or ("a zip archive" if head.startswith(b"PK\x03\x04") else None)
+    inner = _known(head) or ("a zip archive (unpack both)" if head.startswith(b"PK\x03\x04") else None)
     return _unknown(f"{kind}, and inside is {inner}" if inner else f"{kind}, and inside is not a pickle")
 
 
@@ -219,4 +220,8 @@ def _zip_kind(names: list[str]) -> str:
         return "a zip archive with a Keras model, which is not a format that is served yet"
     if names and all(name.endswith(".npy") for name in names):
         return "a zip archive of NumPy arrays"
-    return "a zip archive; upload the model's file itself"
+    if "schema.json" in names:
+        return "a skops file (load it with skops.io.load, and save the model with joblib.dump)"
+    models = [name for name in names if name.endswith(_MODEL_SUFFIXES)]
+    inside = f", and upload '{models[0]}'" if len(models) == 1 else ", and upload the model's file that is in it"
+    return f"a zip archive (unpack it{inside})"

@@ -20,6 +20,7 @@ from schemas.registry import Artifact, ArtifactFormat, ExampleSet, VersionRegist
 from schemas.validation import Finding, Gate, VersionInspected, VersionNeedsExample, VersionRejected, VersionValidated
 from services.validator.adapters import Environments, Versions, Workplace
 from services.validator.inspection import Inspection, inspect
+from services.validator.pickle_scan import Consent
 from services.validator.rules import most_important, rejection, rejections
 from services.validator.validation import Trial, TrialLimits, Validation, validate
 
@@ -43,6 +44,7 @@ class Tools:
     workplace: Workplace
     limits: TrialLimits
     expanded_max_bytes: int
+    allow_code: bool = True
     attempt: Try = try_in_runner
     snapshot_wait_s: float = 60.0
 
@@ -81,6 +83,7 @@ class Handlers:
             declared_format=spec.format,
             requirements=spec.requirements,
             expanded_limit_bytes=self._tools.expanded_max_bytes,
+            consent=Consent(given=spec.allow_code, permitted=self._tools.allow_code),
         )
 
     async def built(self, event: Event[VersionBuilt]) -> Sequence[Payload]:

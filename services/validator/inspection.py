@@ -11,7 +11,7 @@ from pathlib import Path
 from schemas.registry import ArtifactFormat
 from schemas.validation import Finding
 from services.validator.formats import Recognition, recognise
-from services.validator.pickle_scan import judge
+from services.validator.pickle_scan import Consent, judge
 from services.validator.requirements import NeededPackages, check_given, infer_for_onnx, infer_for_pickle, known_roots
 from services.validator.rules import rejection, rejections, warning
 
@@ -59,6 +59,7 @@ def inspect(
     declared_format: ArtifactFormat | None = None,
     requirements: Sequence[str] | None = None,
     expanded_limit_bytes: int = DEFAULT_EXPANDED_LIMIT_BYTES,
+    consent: Consent = Consent(),  # noqa: B008 (it is frozen)
 ) -> Inspection:
     """Inspect a file.
 
@@ -72,6 +73,8 @@ def inspect(
         Requirements that the uploader gave; ``None`` are inferred.
     expanded_limit_bytes
         Largest content after decompression, in bytes.
+    consent
+        Whether a pickle may carry code, or call more than is known to be needed.
     """
     inferred = requirements is None
     damaged = _damage(path, sha256, size_bytes)
@@ -82,7 +85,7 @@ def inspect(
     findings = (
         *recognition.findings,
         *_contradiction(recognition, declared_format),
-        *_contents(recognition, None if rejections(needed.findings) else requirements),
+        *_contents(recognition, None if rejections(needed.findings) else requirements, consent),
         *needed.findings,
     )
     return Inspection(recognition.format, needed.requirements, inferred, findings)
@@ -120,10 +123,10 @@ def _contradiction(recognition: Recognition, declared: ArtifactFormat | None) ->
     return (rejection("format.contradiction", message, declared=declared.value, found=recognition.format.value),)
 
 
-def _contents(recognition: Recognition, requirements: Sequence[str] | None) -> tuple[Finding, ...]:
+def _contents(recognition: Recognition, requirements: Sequence[str] | None, consent: Consent) -> tuple[Finding, ...]:
     findings: list[Finding] = []
     if recognition.pickle is not None:
-        findings += judge(recognition.pickle, known_roots(requirements))
+        findings += judge(recognition.pickle, known_roots(requirements), consent)
     if recognition.onnx is not None and recognition.onnx.has_external_data:
         message = "the graph keeps weights in other files; save it with all its data in one file"
         findings.append(rejection("onnx.external_data", message))

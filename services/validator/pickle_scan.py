@@ -1,8 +1,11 @@
 """The judgement on what a pickle imports: what may never be imported, what is known, and what the trial run must show.
 
 A list of names cannot prove that a pickle is harmless, and does not try to: what passes is loaded in the cage only. It refuses what no
-model has a reason to import, before anything is built or run, and says which name it was.
+model has a reason to import, before anything is built or run, and says which name it was, unless the uploader consents to such code.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from schemas.validation import Finding
 from services.validator.pickle_stream import Global, PickleFacts
@@ -100,6 +103,9 @@ FORBIDDEN_NAMES = _words(
 )
 """Names that no model imports from anywhere."""
 
+CARRIERS = ("cloudpickle", "dill")
+"""Packages that save classes and functions by value."""
+
 STANDARD_ROOTS = _words(
     """
     builtins __builtin__ copyreg copy_reg collections datetime decimal fractions math cmath numbers statistics random itertools
@@ -109,15 +115,49 @@ STANDARD_ROOTS = _words(
 )
 
 
-def judge(facts: PickleFacts, known_roots: frozenset[str]) -> tuple[Finding, ...]:
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """Whether a pickle may carry code, or call more than is known to be needed.
+
+    Attributes
+    ----------
+    given
+        The uploader consents.
+    permitted
+        Consent counts on this platform.
+    """
+
+    given: bool = False
+    permitted: bool = True
+
+    @property
+    def holds(self) -> bool:
+        return self.given and self.permitted
+
+    @property
+    def remedy(self) -> str:
+        """How what is refused may pass, as the end of a sentence."""
+        if not self.permitted:
+            return "this platform does not accept code in models (VALIDATOR_ALLOW_CODE)"
+        return "if that is meant, upload it with --allow-code"
+
+
+def judge(facts: PickleFacts, known_roots: frozenset[str], consent: Consent = Consent()) -> tuple[Finding, ...]:
     """Return what there is to say of a pickle.
 
     Parameters
     ----------
     known_roots
         Top-level packages that some requirement provides.
+    consent
+        With it, what would be refused for the code that runs is a warning. Names that are in no file stay refused.
     """
-    findings = [finding for name, position in facts.globals.items() if (finding := _judge_global(name, position)) is not None]
+    forbidden = {name: position for name, position in facts.globals.items() if name.module != "__main__" and is_forbidden(name)}
+    findings = [_of_the_script(name, position) for name, position in facts.globals.items() if name.module == "__main__"]
+    if consent.holds:
+        findings += _consented(facts, forbidden)
+    else:
+        findings += _refused(facts, forbidden, consent)
     findings += _references(facts)
     unknown = sorted(facts.roots - known_roots - STANDARD_ROOTS - FORBIDDEN_ROOTS - {"__main__"})
     findings += [
@@ -135,9 +175,6 @@ def judge(facts: PickleFacts, known_roots: frozenset[str]) -> tuple[Finding, ...
 
 def _references(facts: PickleFacts) -> list[Finding]:
     findings = []
-    if facts.computed_globals:
-        message = "the artifact imports names that it computes while it is loaded, so that nobody can tell what they are"
-        findings.append(rejection("pickle.computed_global", message, positions=facts.computed_globals[:10]))
     if facts.extension_codes:
         message = "the artifact imports names by number (extension codes), which only the process that wrote it can read"
         findings.append(rejection("pickle.extension_code", message, positions=facts.extension_codes[:10]))
@@ -147,16 +184,53 @@ def _references(facts: PickleFacts) -> list[Finding]:
     return findings
 
 
-def _judge_global(name: Global, position: int) -> Finding | None:
-    full = f"{name.module}.{name.name}"
-    evidence = {"module": name.module, "name": name.name, "position": position}
-    if name.module == "__main__":
-        message = f"the artifact needs '{name.name}' from the script it was made by (__main__); put it in a package and save again"
-        return rejection("pickle.training_script", message, **evidence)
-    if is_forbidden(name):
-        message = f"the artifact imports '{full}' when it is loaded, which no model needs"
-        return rejection("pickle.forbidden_global", message, **evidence)
-    return None
+def _of_the_script(name: Global, position: int) -> Finding:
+    message = (
+        f"the artifact needs '{name.name}' from the script it was made by (__main__), which is not in the file; put it in a package, "
+        "or save the model with cloudpickle and upload it with --allow-code"
+    )
+    return rejection("pickle.training_script", message, module=name.module, name=name.name, position=position)
+
+
+def _refused(facts: PickleFacts, forbidden: Mapping[Global, int], consent: Consent) -> list[Finding]:
+    findings = []
+    carrying = [name for name in forbidden if name.module.partition(".")[0] in CARRIERS]
+    if carrying:
+        message = f"the artifact carries code of its own ({_carried(facts, carrying)}), which would run when it is loaded; {consent.remedy}"
+        evidence = {"module": carrying[0].module, "name": carrying[0].name, "position": forbidden[carrying[0]]}
+        findings.append(rejection("pickle.forbidden_global", message, carried=sorted(facts.carried)[:10], **evidence))
+    for name, position in forbidden.items():
+        if name in carrying:
+            continue
+        if name.name == "getattr" and facts.attributes:
+            called = ", ".join(f"'{attribute}'" for attribute in sorted(facts.attributes)[:3])
+            what = f"takes {called} by builtins.getattr when it is loaded, which could as well be any other method"
+        else:
+            what = f"imports '{name.module}.{name.name}' when it is loaded, which no model needs"
+        evidence = {"module": name.module, "name": name.name, "position": position}
+        findings.append(rejection("pickle.forbidden_global", f"the artifact {what}; {consent.remedy}", **evidence))
+    if facts.computed_globals:
+        message = "the artifact imports names that it computes while it is loaded, so that nobody can tell what they are"
+        findings.append(rejection("pickle.computed_global", f"{message}; {consent.remedy}", positions=facts.computed_globals[:10]))
+    return findings
+
+
+def _consented(facts: PickleFacts, forbidden: Mapping[Global, int]) -> list[Finding]:
+    if not forbidden and not facts.computed_globals:
+        return []
+    names = sorted(f"{name.module}.{name.name}" for name in forbidden)
+    shown = [f"'{name}'" for name in names[:3]] + (["names that it computes"] if facts.computed_globals else [])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    message = f"the artifact runs code that is not checked when it is loaded ({', '.join(shown)}{more}); its uploader consents to that"
+    return [warning("pickle.consented_code", message, names=names[:10], carried=sorted(facts.carried)[:10])]
+
+
+def _carried(facts: PickleFacts, carrying: Sequence[Global]) -> str:
+    saver = carrying[0].module.partition(".")[0]
+    if not facts.carried:
+        return f"saved by {saver}"
+    names = sorted("a lambda" if name == "<lambda>" else f"'{name}'" for name in facts.carried)
+    return f"{', '.join(names[:3])}, saved by {saver}"
 
 
 def is_forbidden(name: Global) -> bool:

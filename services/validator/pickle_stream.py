@@ -35,6 +35,9 @@ _LENGTH_BYTES = {"BINBYTES": 4, "BINUNICODE": 4, "BINSTRING": 4, "LONG4": 4, "BI
 _WRAPPER = ("joblib.numpy_pickle", "NumpyArrayWrapper")
 _VERSION_KEY = "_sklearn_version"
 
+_CARRYING = ("_make_skeleton_class", "_make_skeleton_enum")
+"""Functions of cloudpickle whose first text is the name of the class that is in the file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Global:
@@ -73,6 +76,12 @@ class PickleFacts:
         Arrays are stored the way joblib does.
     has_trailing_bytes
         Something follows the end.
+    carried
+        Classes and functions whose code is in the file (saved by value by cloudpickle), as far as their names are told.
+    attributes
+        What ``getattr`` is called for, such as ``str.split``.
+    submodules
+        Modules that carried code imports for itself.
     """
 
     globals: dict[Global, int] = field(default_factory=dict)
@@ -84,11 +93,14 @@ class PickleFacts:
     sets_output: bool = False
     uses_joblib: bool = False
     has_trailing_bytes: bool = False
+    carried: set[str] = field(default_factory=set)
+    attributes: set[str] = field(default_factory=set)
+    submodules: set[str] = field(default_factory=set)
 
     @property
     def roots(self) -> frozenset[str]:
         """Top-level packages of everything imported."""
-        return frozenset(name.module.partition(".")[0] for name in self.globals)
+        return frozenset(module.partition(".")[0] for module in (*(name.module for name in self.globals), *self.submodules))
 
 
 def read_pickle(reader: ContentReader) -> PickleFacts:
@@ -336,7 +348,28 @@ class _Machine:
 
     def _on_reduce(self, _: Any) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
+        self._note_call(called, arguments)
         self._stack.append(Made(called, arguments))
+
+    def _note_call(self, called: Any, arguments: Any) -> None:
+        """Remember the names of what a call makes, for a message that says more than the name of the function called."""
+        if not isinstance(called, Global) or not isinstance(arguments, tuple):
+            return
+        texts = [text for text in arguments if isinstance(text, str)]
+        if called.module in ("builtins", "__builtin__") and called.name == "getattr" and len(arguments) == 2 and len(texts) == 1:
+            owner = arguments[0]
+            self._keep(self._facts.attributes, f"{owner.name}.{texts[0]}" if isinstance(owner, Global) else texts[0])
+        elif called.module.partition(".")[0] == "cloudpickle":
+            if called.name == "subimport":
+                self._facts.submodules.update(texts[:1])
+            elif called.name in _CARRYING and texts:
+                self._keep(self._facts.carried, texts[0])
+            elif called.name == "_function_setstate" and (name := _function_name(arguments)):
+                self._keep(self._facts.carried, name)
+
+    def _keep(self, names: set[str], name: str) -> None:
+        if len(names) < _KEPT_ITEMS:
+            names.add(name)
 
     _on_newobj = _on_reduce
 
@@ -408,6 +441,17 @@ class _Machine:
         if self._depth >= MAX_NESTING:
             raise BrokenPickleError(f"nests object arrays more than {MAX_NESTING} deep")
         _Machine(self._reader, self._facts, self._depth + 1, self._budget).run()
+
+
+def _function_name(arguments: tuple[Any, ...]) -> str | None:
+    """Name of a function whose state cloudpickle sets; ``None`` for a method, whose class is named."""
+    state = arguments[1] if len(arguments) > 1 else None
+    slots = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+    name = slots.get("__qualname__") if isinstance(slots, dict) else None
+    if not isinstance(name, str):
+        return None
+    name = name.rpartition("<locals>.")[2]
+    return None if "." in name else name
 
 
 def _is_wrapper(made: Made) -> bool:

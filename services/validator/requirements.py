@@ -7,6 +7,7 @@ from packaging.requirements import Requirement as Pep508Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from libs.environments import this_python
 from libs.requirements import InvalidRequirementsError, parse_requirements
 from schemas.validation import Finding
 from services.validator.onnx_graph import OnnxSummary
@@ -56,6 +57,8 @@ PACKAGES = {
     "dateutil": "python-dateutil",
     "pytz": "pytz",
     "six": "six",
+    "cloudpickle": "cloudpickle",
+    "dill": "dill",
 }
 """Top-level module -> the package that provides it."""
 
@@ -74,6 +77,10 @@ BRINGS = {
     "onnxruntime": ("numpy",),
 }
 """Package -> the packages among ours that come with it."""
+
+_WHEELS_FOR_PYTHON_3_11_SINCE = Version("1.1.3")
+_NEWEST_PYTHON = ((Version("1.0.1"), "3.10"), (Version("0.24"), "3.9"), (Version("0.22"), "3.8"), (Version("0"), "3.7"))
+"""First version of scikit-learn -> newest Python that it and the following have wheels for."""
 
 _SELECTING = ("ColumnTransformer", "OneHotEncoder", "OrdinalEncoder", "TargetEncoder")
 """Fitted on named columns, these are given a DataFrame: they select by name, or see text."""
@@ -108,7 +115,7 @@ def infer_for_pickle(facts: PickleFacts) -> NeededPackages:
     lines = {package: package for package in packages - set(_brought(packages))} | {"numpy": _numpy(facts, version)}
     if version is not None and "scikit-learn" in lines:
         lines["scikit-learn"] = f"scikit-learn=={version}"
-    return NeededPackages(tuple(sorted(lines.values())), findings)
+    return NeededPackages(tuple(sorted(lines.values())), (*findings, *_without_wheels(version)))
 
 
 def infer_for_onnx(summary: OnnxSummary) -> NeededPackages:
@@ -126,7 +133,8 @@ def check_given(given: Iterable[str], facts: PickleFacts | None) -> NeededPackag
     lines = tuple(str(requirement) for requirement in requirements)
     if facts is None:
         return NeededPackages(lines)
-    return NeededPackages(lines, (*_missing(lines, facts), *_version_differences(lines, facts)))
+    findings = (*_missing(lines, facts), *_version_differences(lines, facts), *_without_wheels(_pinned_sklearn(lines)))
+    return NeededPackages(lines, findings)
 
 
 def _missing(lines: tuple[str, ...], facts: PickleFacts) -> list[Finding]:
@@ -163,6 +171,28 @@ def _names(lines: Iterable[str]) -> set[str]:
 def _brought(packages: Iterable[str]) -> Iterable[str]:
     for package in packages:
         yield from BRINGS.get(package, ())
+
+
+def _without_wheels(sklearn: Version | None) -> tuple[Finding, ...]:
+    """The builder installs wheels only, and old versions have none for the Python of this platform."""
+    if sklearn is None or sklearn >= _WHEELS_FOR_PYTHON_3_11_SINCE or Version(this_python()) < Version("3.11"):
+        return ()
+    newest = next(python for since, python in _NEWEST_PYTHON if sklearn >= since)
+    message = (
+        f"the artifact needs scikit-learn {sklearn}, which has no wheels for this platform's Python {this_python()} (Python {newest} is "
+        "the newest that has); train and save it with scikit-learn 1.2 or later, or name a version to try with --requirements"
+    )
+    return (rejection("requirements.no_wheels", message, saved_with=str(sklearn), python=this_python(), newest_python=newest),)
+
+
+def _pinned_sklearn(lines: tuple[str, ...]) -> Version | None:
+    """The scikit-learn that requirements name exactly."""
+    for line in lines:
+        requirement = Pep508Requirement(line)
+        pins = [part.version for part in requirement.specifier if part.operator == "==" and not part.version.endswith(".*")]
+        if requirement.name == "scikit-learn" and pins:
+            return Version(pins[0])
+    return None
 
 
 def _selects_columns(facts: PickleFacts) -> bool:

@@ -20,6 +20,10 @@ class Settings(BaseSettings):
         "measured latencies longer.",
     )
     expanded_max_bytes: int = Field(8 * 2**30, ge=1, description="Largest content of a compressed artifact after decompression, in bytes.")
+    allow_code: bool = Field(
+        True,
+        description="Whether uploaders may consent (`--allow-code`) to a pickle that carries code or calls more than models need.",
+    )
     load_timeout_s: float = Field(60.0, gt=0, description="Longest time a model may take to load, in seconds.")
     predict_timeout_s: float = Field(
         10.0, gt=0, description="Longest time a model may take to answer its example, or made-up rows, in seconds."

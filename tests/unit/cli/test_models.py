@@ -318,3 +318,53 @@ def test_an_example_may_be_a_csv_file_or_an_array(tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no array")
     with pytest.raises(CommandError, match="cannot be read as an array"):
         read_example(tmp_path / "bad.npy")
+
+
+def test_consent_to_code_is_sent(store: FakeGateway, run: Run, file: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    assert run("models", "upload", file, "--name", "cancer", "--allow-code").exit_code == 0
+    assert store.sent("POST", VERSIONS).json["allow_code"] is True
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        ({"columns": ["a"], "data": [[1.0]]}, {"dataframe_split": {"columns": ["a"], "data": [[1.0]]}}),
+        ({"inputs": [[1.0]]}, {"inputs": [[1.0]]}),
+        ({"data": [[1.0]]}, {"instances": [[1.0]]}),
+        (None, None),
+    ],
+)
+def test_a_model_folder_of_mlflow_is_its_pickle_requirements_and_example(
+    store: FakeGateway, run: Run, tmp_path: Path, example: Any, expected: Any
+) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "MLmodel").write_text("flavors: {}")
+    (folder / "model.pkl").write_bytes(b"a model")
+    (folder / "requirements.txt").write_text("mlflow==2.14.1\nmlflow-skinny\nmlflow-plugin==1\nscikit-learn==1.7.0\n")
+    if example is not None:
+        (folder / "input_example.json").write_text(json.dumps(example))
+    assert run("models", "upload", folder, "--name", "cancer").exit_code == 0
+    body = store.sent("POST", VERSIONS).json
+    assert body["artifact"]["filename"] == "model.pkl"
+    assert (body["requirements"], body.get("example")) == (["mlflow-plugin==1", "scikit-learn==1.7.0"], expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        ((), "is a directory, and a model is one file; upload the model's file in it"),
+        (("a.pkl", "b.onnx"), "is a directory, and a model is one file; upload the model's file in it"),
+        (("a.pkl", "b.txt"), "is a directory, and a model is one file; upload the model's file in it: {folder}/a.pkl"),
+        (("MLmodel", "model.h5"), "is an MLflow model without a model.pkl, so not one of scikit-learn; upload the model's own file"),
+    ],
+)
+def test_a_directory_is_refused_with_the_remedy(run: Run, tmp_path: Path, names: tuple[str, ...], remedy: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    outcome = run("models", "upload", folder, "--name", "cancer")
+    assert (outcome.exit_code, outcome.err) == (2, f"millrace: {folder} {remedy.format(folder=folder)}\n")

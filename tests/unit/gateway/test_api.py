@@ -58,11 +58,12 @@ async def test_an_artifact_over_the_limit_is_a_413(tmp_path, make, monkeypatch):
 
 async def test_registering_a_version_shows_it_at_once(world):
     artifact = await world.upload()
-    body = {"artifact": artifact, "aliases": ["prod"], "example": {"instances": [[1, 2]]}, "labels": {"team": "a"}}
+    body = {"artifact": artifact, "aliases": ["prod"], "example": {"instances": [[1, 2]]}, "labels": {"team": "a"}, "allow_code": True}
     answer = await world.http.post("/api/v1/models/cancer/versions", json=body)
     view = answer.json()
     assert answer.status_code == 201
     assert (view["version"], view["status"], view["pending_aliases"], view["spec"]["labels"]) == (1, "registered", ["prod"], {"team": "a"})
+    assert view["spec"]["allow_code"] is True
     shown = (await world.http.get("/api/v1/models/cancer/versions/1")).json()
     assert shown == {name: value for name, value in view.items() if name != "operation_id"}
     assert (await world.http.get("/api/v1/models/cancer")).json()["versions"] == [{"version": 1, "status": "registered"}]

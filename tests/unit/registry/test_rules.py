@@ -164,6 +164,12 @@ def test_the_same_artifact_with_other_requirements_is_another_version(world):
     assert [world.register(), world.register(requirements=("scikit-learn==1.7",))] == [1, 2]
 
 
+def test_what_was_refused_without_consent_is_judged_again_with_it(world):
+    world.register()
+    world.do(VersionRejected(model_name="iris", version=1, gate="inspection", reason="it carries code"))
+    assert world.register(allow_code=True) == 2
+
+
 def test_content_of_an_archived_version_can_be_registered_again(world):
     world.register()
     world.do(ArchiveVersion(model_name="iris", version=1))

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ def zipped(content: bytes = b"x" * 5000) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model/data.pkl", content)
+    return buffer.getvalue()
+
+
+def archive(*names: str) -> bytes:
+    """A zip archive of such files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as files:
+        for name in names:
+            files.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def tarred(name: str) -> bytes:
+    """A ``.tar.gz`` with one file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as files:
+        files.addfile(tarfile.TarInfo(name), io.BytesIO())
     return buffer.getvalue()
 
 

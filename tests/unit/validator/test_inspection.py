@@ -9,7 +9,7 @@ import pytest
 
 from schemas.registry import ArtifactFormat
 from services.validator.inspection import Inspection, inspect
-from tests.unit.validator.files import bomb, field, fitted, onnx_graph, saved, written, zipped
+from tests.unit.validator.files import archive, bomb, field, fitted, onnx_graph, saved, tarred, written, zipped
 
 
 def rules(inspection: Inspection) -> list[str]:
@@ -71,6 +71,10 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         (b"\x93NUMPY\x01\0", "the artifact is a NumPy array file"),
         (b"\x28\xb5\x2f\xfd\0\0", "the artifact is a file compressed by zstd, which is not read here"),
         (b"\x00\xff\xfe\x01\x02", "the artifact is of no kind that is known here"),
+        (archive("model.joblib", "notes.txt"), "the artifact is a zip archive (unpack it, and upload 'model.joblib')"),
+        (archive("a.pkl", "b.pkl"), "the artifact is a zip archive (unpack it, and upload the model's file that is in it)"),
+        (archive("schema.json", "0.npy"), "the artifact is a skops file (load it with skops.io.load, and save the model with joblib.dump)"),
+        (tarred("model.joblib"), "the artifact is a file compressed by gzip, and inside is a tar archive (unpack it, and upload"),
         (zipped(), "the artifact is a zip archive with a PyTorch model, which is not a format that is served yet"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a pickle imports is found however it is hidden, and refused when no model needs it."""
 
+import functools
 import os
 import pickle
 import socket
@@ -9,11 +10,12 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 
 from services.validator.inspection import inspect
-from services.validator.pickle_scan import is_forbidden
+from services.validator.pickle_scan import Consent, is_forbidden
 from services.validator.pickle_stream import Global
 from tests.unit.validator.files import Calls, fitted, saved, written
 
@@ -114,8 +116,63 @@ def test_references_out_of_the_file_are_refused(tmp_path: Path) -> None:
 def test_a_class_of_the_training_script_is_explained(tmp_path: Path) -> None:
     inspection = inspect(written(b"\x80\x04c__main__\nMyModel\n)\x81.", tmp_path / "m"))
     assert inspection.reason == (
-        "the artifact needs 'MyModel' from the script it was made by (__main__); put it in a package and save again"
+        "the artifact needs 'MyModel' from the script it was made by (__main__), which is not in the file; put it in a package, "
+        "or save the model with cloudpickle and upload it with --allow-code"
     )
+
+
+def test_a_class_of_the_training_script_is_in_no_file_whatever_its_uploader_consents_to(tmp_path: Path) -> None:
+    path = written(b"\x80\x04c__main__\nMyModel\n)\x81.", tmp_path / "m")
+    assert [finding.rule for finding in inspect(path, consent=Consent(given=True)).findings] == ["pickle.training_script"]
+
+
+def test_partial_of_a_function_that_models_use_needs_no_consent(tmp_path: Path) -> None:
+    from sklearn.preprocessing import FunctionTransformer
+
+    transformer = FunctionTransformer(functools.partial(np.clip, a_min=0.0, a_max=1.0))
+    assert inspect(saved(transformer, tmp_path / "m")).findings == ()
+
+
+def test_a_method_that_is_taken_by_getattr_is_named(tmp_path: Path) -> None:
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    path = saved(CountVectorizer(tokenizer=str.split), tmp_path / "m")
+    assert inspect(path).reason == (
+        "the artifact takes 'str.split' by builtins.getattr when it is loaded, which could as well be any other method; "
+        "if that is meant, upload it with --allow-code"
+    )
+
+
+def of_the_script(source: str, name: str) -> Any:
+    """Something that a training script defines, as cloudpickle finds it there."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(source, namespace)
+    return namespace[name]
+
+
+CLASS = "class Doubler:\n    def predict(self, rows):\n        return rows * 2\nmodel = Doubler()"
+FUNCTION = "import pandas as pd\nmodel = lambda rows: pd.DataFrame(rows)"
+
+
+@pytest.mark.parametrize(("source", "named"), [(CLASS, "'Doubler'"), (FUNCTION, "a lambda")], ids=["class", "lambda"])
+def test_code_that_a_file_carries_is_named_and_passes_with_consent(source: str, named: str, tmp_path: Path) -> None:
+    path = written(cloudpickle.dumps(of_the_script(source, "model")), tmp_path / "m")
+    refused = inspect(path)
+    assert refused.reason.startswith("the artifact carries code of its own (")
+    assert named in refused.reason
+    assert refused.reason.endswith("if that is meant, upload it with --allow-code")
+    assert len({finding.message for finding in refused.findings if "carries code" in finding.message}) == 1
+    passed = inspect(path, consent=Consent(given=True))
+    assert passed.accepted
+    assert [finding.rule for finding in passed.findings] == ["pickle.consented_code"]
+    assert "cloudpickle" in passed.requirements
+    assert ("pandas" in passed.requirements) == ("pandas" in source)
+
+
+def test_consent_does_not_count_where_the_platform_forbids_code(tmp_path: Path) -> None:
+    path = written(pickle.dumps(Calls(getattr, "", "join")), tmp_path / "m")
+    inspection = inspect(path, consent=Consent(given=True, permitted=False))
+    assert inspection.reason.endswith("; this platform does not accept code in models (VALIDATOR_ALLOW_CODE)")
 
 
 def test_an_unknown_module_is_a_warning_that_a_requirement_answers(tmp_path: Path) -> None:

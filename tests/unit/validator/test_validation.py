@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import onnx
 import pytest
@@ -220,3 +221,14 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert quantile([1.0], 0.99) == 1.0
     assert quantile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.0
     assert quantile([float(value) for value in range(1, 101)], 0.99) == 99.0
+
+
+async def test_a_class_that_the_file_carries_is_loaded_and_answers(tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    source = "class Doubler:\n    n_features_in_ = 2\n    def predict(self, rows):\n        return rows.sum(axis=1) * 2\n"
+    exec(source, namespace)
+    path = tmp_path / "m"
+    path.write_bytes(cloudpickle.dumps(namespace["Doubler"]()))
+    verdict = await tried(path, tmp_path, example={"instances": [[1.0, 2.0], [3.0, 4.0]]})
+    assert verdict.accepted, verdict.findings
+    assert verdict.golden is not None

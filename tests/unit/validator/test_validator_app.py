@@ -130,8 +130,18 @@ async def test_a_hostile_artifact_is_rejected_before_anything_is_built(
     assert isinstance(fact, VersionRejected)
     assert (fact.gate, fact.reason) == (
         Gate.INSPECTION,
-        "the artifact imports 'posix.system' when it is loaded, which no model needs",
+        "the artifact imports 'posix.system' when it is loaded, which no model needs; if that is meant, upload it with --allow-code",
     )
+
+
+@pytest.mark.parametrize(("allowed", "fact_type"), [("true", VersionInspected), ("false", VersionRejected)])
+async def test_an_uploader_consents_to_code_where_the_operator_allows_it(
+    memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str, fact_type: type
+) -> None:
+    monkeypatch.setenv("VALIDATOR_ALLOW_CODE", allowed)
+    artifact = await stored(store, pickle.dumps(str.split))
+    (fact,) = await said(memory_broker, store, tmp_path / "home", registered(artifact, allow_code=True))
+    assert type(fact) is fact_type
 
 
 async def test_an_artifact_that_is_not_in_the_store_is_rejected(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:

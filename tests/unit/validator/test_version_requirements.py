@@ -83,3 +83,20 @@ def test_requirements_that_are_more_than_names_are_refused(tmp_path: Path) -> No
     inspection = inspect(path, requirements=["git+https://example.org/evil"])
     assert not inspection.accepted
     assert [finding.rule for finding in inspection.findings] == ["requirements.invalid"]
+
+
+@pytest.mark.parametrize(
+    ("version", "newest"), [("1.1.2", "3.10"), ("1.0.2", "3.10"), ("1.0", "3.9"), ("0.23.2", "3.8"), ("0.21.3", "3.7")]
+)
+def test_a_version_without_wheels_for_this_python_is_refused_with_the_python_that_has_them(version: str, newest: str) -> None:
+    (finding,) = infer_for_pickle(facts("sklearn.svm:SVC", version=version)).findings
+    assert finding.rule == "requirements.no_wheels"
+    assert f"scikit-learn {version}, which has no wheels for this platform's Python" in finding.message
+    assert f"(Python {newest} is the newest that has)" in finding.message
+
+
+def test_only_the_version_that_would_be_installed_needs_wheels() -> None:
+    old = facts("sklearn.svm:SVC", "numpy:ndarray", version="1.0.2")
+    assert [finding.rule for finding in check_given(["scikit-learn==1.0.2", "numpy"], old).findings] == ["requirements.no_wheels"]
+    assert [finding.rule for finding in check_given(["scikit-learn==1.7.2", "numpy"], old).findings] == ["requirements.version_differs"]
+    assert infer_for_pickle(facts("sklearn.svm:SVC", version="1.1.3")).findings == ()
