@@ -61,9 +61,9 @@ def archive(*names: str) -> bytes:
 def tarred(name: str) -> bytes:
     """A ``.tar.gz`` with one file."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as files:
+    with tarfile.open(fileobj=buffer, mode="w") as files:
         files.addfile(tarfile.TarInfo(name), io.BytesIO())
-    return buffer.getvalue()
+    return gzip.compress(buffer.getvalue(), mtime=0)
 
 
 def bomb(size_bytes: int) -> bytes:
