@@ -281,7 +281,6 @@ def test_content_whose_version_waits_brings_it_its_example(world):
     [
         {"format": "sklearn"},
         {"requirements": ("scikit-learn",)},
-        {"code": Artifact(sha256="c" * 64, size_bytes=1, filename="features.py")},
         {"allow_code": True},
         {"signature": DeclaredSignature(inputs=SIGNATURE.inputs)},
         {"forbid_batching": True},
