@@ -28,6 +28,7 @@ POINTS = (
     Point("iris-32", "iris 1×4, 32 connections", "iris", 1, Form.JSON, 32),
     Point("iris-128", "iris 1×4, 128 connections", "iris", 1, Form.JSON, 128),
     Point("cancer-32", "breast cancer 1×30, 32 connections", "cancer", 1, Form.JSON, 32),
+    Point("table-32", "a row of 10 numbers and 10 texts, 32 connections", "table", 1, Form.JSON, 32),
     Point("rows-json", "breast cancer 1000×30 JSON, 8 connections", "cancer", 1_000, Form.JSON, 8),
     Point("rows-binary", "breast cancer 1000×30 binary REST, 8 connections", "cancer", 1_000, Form.BINARY, 8),
     Point("boosted-32", "gradient-boosted trees 1×30, 32 connections", "boosted", 1, Form.JSON, 32),

@@ -42,6 +42,7 @@ def goals(results: Results) -> list[Line]:
     lines = [
         *(_ratio(results, f"requests/s, {point}, to FastAPI + joblib", f"iris-{point}", BY_HAND, 6.0) for point in (32, 128)),
         *(_ratio(results, f"requests/s, {point}, to a bare ASGI echo", f"iris-{point}", CEILING, 0.35) for point in (32, 128)),
+        _ratio(results, "requests/s, a row of 10 numbers and 10 texts, to FastAPI + pandas + joblib", "table-32", BY_HAND, 5.0),
         _p99(results),
         _p50(results),
         _rows(results),
@@ -73,6 +74,7 @@ def tables(results: Results) -> list[Table]:
 
 _GROUPS: Mapping[str, Sequence[str]] = {
     "One row a request": ("iris-1", "iris-32", "iris-128", "cancer-32", "boosted-32", "split-32"),
+    "Tables, one row a request": ("table-32",),
     "1000×30 a request": ("rows-json", "rows-binary", "rows-grpc"),
     "gRPC, one row a request": ("iris-grpc",),
 }

@@ -1,4 +1,4 @@
-"""FastAPI and joblib, written by hand, in one process."""
+"""FastAPI, pandas and joblib, written by hand, in one process."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +20,7 @@ class FastApiJoblib(Peer):
     title = "FastAPI + joblib, by hand"
     environment = ENVIRONMENT
     forms = frozenset({Form.JSON, Form.BINARY})
+    models = frozenset({*Peer.models, "table"})
     ready_path = "/openapi.json"
 
     def command(self, python: Path, place: Place) -> list[str]:

@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -49,7 +48,7 @@ class Millrace(Peer):
     forms = frozenset(Form)
 
     def __init__(
-        self, collector: str, features: Features | None = None, deployed: Sequence[str] = ("iris", "cancer", "boosted", SPLIT)
+        self, collector: str, features: Features | None = None, deployed: Sequence[str] = ("iris", "cancer", "boosted", "table", SPLIT)
     ) -> None:
         self._collector = collector
         self._features = features or Features()
@@ -143,7 +142,7 @@ class Millrace(Peer):
                     "--name",
                     source,
                     "--example",
-                    str(_example(place, source)),
+                    str(place.models / f"{source}.example.json"),
                     "--wait",
                 )
             run("endpoints", "create", name)
@@ -156,7 +155,7 @@ class Millrace(Peer):
     def _split(self, place: Place) -> None:
         run = self._running().run
         second = another_version(place.scratch)
-        run("models", "upload", str(second), "--name", "cancer", "--example", str(_example(place, "cancer")), "--wait")
+        run("models", "upload", str(second), "--name", "cancer", "--example", str(second.with_suffix(".example.json")), "--wait")
         run("endpoints", "deploy", SPLIT, "--model", "cancer@2", "--wait")
         run("endpoints", "traffic", SPLIT, "1=50", "2=50")
 
@@ -172,10 +171,3 @@ class Millrace(Peer):
     def _get(self, path: str) -> dict[str, list[dict[str, object]]]:
         answer = httpx.get(self.url + path, headers=self.headers, timeout=30)
         return dict(answer.raise_for_status().json())
-
-
-def _example(place: Place, model: str) -> Path:
-    columns = 4 if model == "iris" else 30
-    path = place.scratch / f"{model}.example.json"
-    path.write_text(json.dumps({"instances": [[1.0] * columns]}))
-    return path

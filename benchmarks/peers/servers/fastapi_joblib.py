@@ -8,6 +8,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
+import pandas as pd
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -22,6 +23,15 @@ class Instances(BaseModel):
 
 class Predictions(BaseModel):
     predictions: list[int]
+
+
+class Records(BaseModel):
+    instances: list[dict[str, float | str]]
+
+
+@app.post("/table:predict")
+async def table(body: Records) -> Predictions:
+    return Predictions(predictions=MODELS["table"].predict(pd.DataFrame(body.instances)).tolist())
 
 
 @app.post("/{model}:predict")
