@@ -27,6 +27,9 @@ DEPLOYMENT_TIMEOUT_S = 300.0
 REFRESH_S = 2.0
 """How long the event stream may be silent before the state is asked for, in case an event was missed."""
 
+PROGRESS_S = 10.0
+"""How often it is said what goes on while no stage is reached."""
+
 SETTLE_S = 0.05
 """The same, once the last event was seen and only the gateway's own view of it is outstanding."""
 
@@ -53,6 +56,14 @@ _VERSION_ENDS = {
 }
 
 _LAST_STAGES = {VersionStatus.VALIDATED, VersionStatus.NEEDS_EXAMPLE, *_VERSION_ENDS, DeploymentStatus.READY, DeploymentStatus.FAILED}
+
+_DOING: Mapping[str, str] = {
+    VersionStatus.REGISTERED: "still being inspected",
+    VersionStatus.INSPECTED: "still installing packages",
+    VersionStatus.BUILT: "still being tried",
+    DeploymentStatus.PENDING: "replicas still starting",
+}
+"""What goes on after a stage; said when it takes long."""
 
 DEPLOYED = "deployed"
 _DEPLOYMENT_STAGES: Mapping[str, str] = {
@@ -229,6 +240,7 @@ def follow(story: Story, feed: EventFeed, report: Report, first: Json, *, is_new
             stages.reach(told, _moment(event.get("time")))
             last_seen = told in _LAST_STAGES
         view = _patiently(story.view)
+        stages.wait(_DOING.get(str(view.get("status"))))
 
 
 def _patiently(look: Callable[[], Json]) -> Json:
@@ -245,12 +257,13 @@ def _patiently(look: Callable[[], Json]) -> Json:
 
 
 class _Stages:
-    """Says each stage once, with the time since the one before."""
+    """Says each stage once, with the time since the one before, and between them what goes on."""
 
     def __init__(self, report: Report, since: datetime, known: Iterable[str]) -> None:
         self._report = report
         self._previous = since
         self._said = set(known)
+        self._spoken_s = time.monotonic()
 
     def reach(self, stage: str, moment: datetime) -> None:
         if stage in self._said:
@@ -258,6 +271,13 @@ class _Stages:
         self._said.add(stage)
         self._report(stage, max((moment - self._previous).total_seconds(), 0.0))
         self._previous = max(moment, self._previous)
+        self._spoken_s = time.monotonic()
+
+    def wait(self, doing: str | None) -> None:
+        if doing is None or time.monotonic() < self._spoken_s + PROGRESS_S:
+            return
+        self._report(doing, max((datetime.now(UTC) - self._previous).total_seconds(), 0.0))
+        self._spoken_s = time.monotonic()
 
 
 def _times(view: Json, names: Mapping[str, str]) -> dict[str, datetime]:

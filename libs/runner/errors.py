@@ -35,14 +35,14 @@ class LoadError(Exception):
         return {"kind": self.kind, "message": self.message, "module": self.module}
 
 
-def describe_exception(error: object) -> str:
+def describe_exception(error: object, most: int = MAX_MESSAGE_CHARACTERS) -> str:
     """Return an exception's text as one bounded line; a model's exception may have a ``__str__`` that raises."""
     try:
         text = str(error)
     except BaseException:  # noqa: BLE001 (the text is the model's code)
         text = "(its text cannot be shown)"
     line = " ".join(text.split())
-    return line if len(line) <= MAX_MESSAGE_CHARACTERS else line[: MAX_MESSAGE_CHARACTERS - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def first_sentence(error: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from ..errors import InvalidInputError, LoadError, describe_exception, first_sentence
+from ..errors import InvalidInputError, LoadError, describe_exception
 from ..wire import Arrays
 
 _DATATYPES = {
@@ -37,6 +37,9 @@ _NOISE = re.compile(
 )
 """What ONNX Runtime puts around a reason: its name and code, the file, the place in its source with the function's signature, advice."""
 
+_MOST_CHARACTERS = 1_000
+"""Of a reason: which opset a graph has, and which this ONNX Runtime knows, stand far behind its beginning."""
+
 _PROBABILITIES = ("seq(map(int64,tensor(float)))", "seq(map(string,tensor(float)))")
 
 
@@ -54,13 +57,13 @@ def load(path: str, _declared: Mapping[str, Any]) -> OnnxModel:
             raise
         if "External data path" in str(error):
             raise LoadError("not_a_model", "the graph keeps tensors in other files, and an artifact is one file") from error
-        raise LoadError("load_failed", f"the graph cannot be loaded: {first_sentence(_reason(error))}") from error
+        raise LoadError("load_failed", f"the graph cannot be loaded: {_reason(error)}") from error
     return OnnxModel(session)
 
 
 def _reason(error: BaseException) -> str:
     """Return what ONNX Runtime says without what it puts around it."""
-    return _NOISE.sub("", describe_exception(error)).rstrip(".")
+    return _NOISE.sub("", describe_exception(error, _MOST_CHARACTERS)).rstrip(".")
 
 
 class OnnxModel:

@@ -125,6 +125,23 @@ def test_waiting_upload_learns_from_the_state_what_the_events_did_not_say(store:
 
 
 @pytest.mark.usefixtures("impatient")
+def test_waiting_upload_says_what_goes_on_while_an_environment_installs(
+    store: FakeGateway, run: Run, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libs.cli.stages.PROGRESS_S", 0.0)
+    views = iter([version("inspected")] * 2)
+
+    def register(_: Request) -> Answer:
+        store.on("GET", f"{VERSIONS}/1", lambda _: (200, next(views, version("validated"))))
+        return 201, {**version("registered"), "operation_id": "op-1"}
+
+    store.on("POST", VERSIONS, register)
+    outcome = run("models", "upload", file, "--name", "cancer", "--wait")
+    assert outcome.exit_code == 0
+    assert outcome.err.count("  still installing packages") == 2
+
+
+@pytest.mark.usefixtures("impatient")
 def test_waiting_upload_survives_a_gateway_that_starts_again(store: FakeGateway, run: Run, file: Path) -> None:
     away: Answer = (503, {"error": "the gateway is not ready"})
     answers = iter([away, away])

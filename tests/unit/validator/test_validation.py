@@ -1,5 +1,6 @@
 """The second gate, with real runners: what a model does when it is tried becomes a verdict."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,11 @@ LIMITS = TrialLimits(load_s=20, predict_s=1.0, cpu_s=20, memory_bytes=1 << 30, l
 V1_EXAMPLE = {"instances": [[1.0, 2.0, 3.0]]}
 
 
-def graph(ir_version: int = 8) -> bytes:
+def graph(ir_version: int = 8, opset: int = 17) -> bytes:
     """An ONNX graph that answers what it is given."""
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, 3]) for name in ("X", "Y")]
     body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["X"], ["Y"])], "g", ends[:1], ends[1:])
-    content = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=ir_version).SerializeToString()
+    content = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=ir_version).SerializeToString()
     assert isinstance(content, bytes)
     return content
 
@@ -190,6 +191,8 @@ async def test_a_graph_that_does_not_load_is_told_without_paths_and_signatures(t
     path = written(graph(ir_version=99), tmp_path / "m")
     verdict = await tried(path, tmp_path, format=ArtifactFormat.ONNX)
     assert verdict.reason == "the graph cannot be loaded: Unsupported model IR version: 99, max supported IR version: 13"
+    verdict = await tried(written(graph(opset=99), tmp_path / "m"), tmp_path, format=ArtifactFormat.ONNX)
+    assert re.search(r"Opset 99 is under development .*Current official support for domain ai.onnx is till opset \d+$", verdict.reason)
     verdict = await tried(written(graph()[:-9], tmp_path / "m"), tmp_path, format=ArtifactFormat.ONNX)
     assert verdict.reason == "the graph cannot be loaded: Protobuf parsing failed"
 
