@@ -1,12 +1,15 @@
 """What the JSON bodies of all protocols have in common: objects, names that are given once, and outputs asked for by name."""
 
 import json
+from collections.abc import Collection
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import orjson
 
 from libs.inference.errors import InvalidInputError, printable
+from libs.inference.requests import Groups
 from schemas.inference import Signature
 
 MAX_CONTAINERS = 2_000_000
@@ -129,6 +132,30 @@ def requested_outputs(names: Any, signature: Signature) -> tuple[str, ...] | Non
         if name not in known:
             raise InvalidInputError(f"the model has no output '{printable(name, 80)}'; it has {', '.join(known)}")
     return tuple(dict.fromkeys(names))
+
+
+def requested_groups(names: Any, signature: Signature) -> tuple[tuple[str, ...] | None, Groups]:
+    """Check the names of requested outputs, where ``predict_proba`` may stand for ``predict_proba_0``, ``predict_proba_1`` …
+
+    Returns the outputs, and the names with what each stands for if one of them stands for such targets.
+
+    Raises
+    ------
+    InvalidInputError
+        Not a list of names, or a name that the model does not have.
+    """
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return requested_outputs(names, signature), ()
+    known = {spec.name for spec in signature.outputs}
+    groups = {name: (name,) if name in known else _targets(name, known) or (name,) for name in names}
+    outputs = requested_outputs([output for members in groups.values() for output in members], signature)
+    is_grouped = any(members != (name,) for name, members in groups.items())
+    return outputs, tuple(groups.items()) if is_grouped else ()
+
+
+def _targets(name: str, known: Collection[str]) -> tuple[str, ...]:
+    """The outputs of a method with several targets, which are numbered from 0 on."""
+    return tuple(takewhile(known.__contains__, (f"{name}_{number}" for number in range(len(known)))))
 
 
 def object_or_empty(value: Any, what: str) -> dict[str, Any]:

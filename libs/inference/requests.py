@@ -6,6 +6,9 @@ from typing import Any
 
 from libs.runner.wire import Arrays
 
+Groups = tuple[tuple[str, tuple[str, ...]], ...]
+"""Names as a request gave them, each with the outputs that it stands for."""
+
 
 @dataclass(slots=True)
 class InferRequest:
@@ -17,6 +20,8 @@ class InferRequest:
         One array per input of the signature, in its datatype and shape; ``BYTES`` are object arrays of ``bytes``.
     outputs
         Names of the outputs asked for; ``None`` is the default answer, the signature's first output.
+    groups
+        Names that were asked for with the outputs that each stands for, when one of them is the common name of several (V1); else empty.
     id
         The caller's own id (V2), to be echoed.
     parameters
@@ -27,6 +32,7 @@ class InferRequest:
 
     inputs: Arrays
     outputs: tuple[str, ...] | None = None
+    groups: Groups = ()
     id: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     binary_data_output: bool = False

@@ -23,7 +23,7 @@ import orjson
 
 from libs.errors import PayloadTooLargeError
 from libs.inference import v1
-from libs.inference.bodies import check_size, object_or_empty, parse_bounded, requested_outputs
+from libs.inference.bodies import check_size, object_or_empty, parse_bounded, requested_groups
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, convert, show
@@ -78,7 +78,7 @@ def from_document(document: Mapping[str, Any], signature: Signature) -> InferReq
     if form in ("instances", "inputs"):
         return v1.from_document({form: value, "outputs": outputs, "parameters": parameters}, signature)
     table = _split(value) if form == "dataframe_split" else _records(value)
-    return InferRequest(_arrays(table, signature, _JsonCells()), requested_outputs(outputs, signature), parameters=parameters)
+    return InferRequest(_arrays(table, signature, _JsonCells()), *requested_groups(outputs, signature), parameters=parameters)
 
 
 def parse_lenient(body: bytes | bytearray | memoryview) -> dict[str, Any]:

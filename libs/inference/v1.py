@@ -1,19 +1,21 @@
 """The V1 form (TensorFlow Serving, KServe): ``{"instances": […]}`` in, ``{"predictions": […]}`` out.
 
 Instances are rows, or objects keyed by feature name or by input name; ``inputs`` takes whole tensors or columns instead, as TensorFlow
-Serving does. ``"outputs": ["predict_proba"]``, at the top or in ``parameters``, asks for other outputs than the first.
+Serving does. ``"outputs": ["predict_proba"]``, at the top or in ``parameters``, asks for other outputs than the first. Where a model has
+several targets, and so the outputs ``predict_proba_0``, ``predict_proba_1`` …, that name stands for all of them.
 """
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import orjson
 
-from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
+from libs.inference.bodies import object_or_empty, parse_object, requested_groups
 from libs.inference.columns import assembled
 from libs.inference.errors import InvalidInputError, printable
-from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.requests import Groups, InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
 from schemas.inference import Signature, TensorSpec
 
@@ -38,15 +40,16 @@ def from_document(document: Mapping[str, Any], signature: Signature) -> InferReq
         The body is malformed or does not fit the signature.
     """
     parameters: Mapping[str, Any] = {}
-    outputs = None
+    outputs: tuple[str, ...] | None = None
+    groups: Groups = ()
     if len(document) > 1:
         parameters = object_or_empty(document.get("parameters"), "parameters")
-        outputs = requested_outputs(document.get("outputs", parameters.get("outputs")), signature)
+        outputs, groups = requested_groups(document.get("outputs", parameters.get("outputs")), signature)
     has_instances, has_inputs = "instances" in document, "inputs" in document
     if has_instances == has_inputs:
         raise InvalidInputError("the request needs exactly one of 'instances' and 'inputs'")
     inputs = _from_instances(document["instances"], signature) if has_instances else _from_columns(document["inputs"], signature)
-    return InferRequest(inputs, outputs, parameters=parameters)
+    return InferRequest(inputs, outputs, groups, parameters=parameters)
 
 
 def _from_instances(instances: Any, signature: Signature) -> dict[str, Array]:
@@ -200,23 +203,35 @@ def _from_features(columns: dict[str, Any], names: tuple[str, ...], spec: Tensor
     return {spec.name: _rows([list(row) for row in zip(*(columns[name] for name in names), strict=True)], spec, "row ")}
 
 
-def render(response: InferResponse, extra: Mapping[str, Any] | None = None) -> bytes:
+def render(response: InferResponse, groups: Groups = ()) -> bytes:
     """Write ``{"predictions": rows}``: rows of the one output, or an object by output name for each row.
 
     Outputs of different lengths cannot be put into rows; they are given whole, as ``{"predictions": {name: tensor}}``.
-    ``extra`` are further members of the object.
+    ``groups`` are those of the request: a row of a group is the list of its outputs' rows.
     """
-    return orjson.dumps({"predictions": predictions(response), **(extra or {})}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps({"predictions": predictions(response, groups)}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def predictions(response: InferResponse) -> Any:
+def predictions(response: InferResponse, groups: Groups = ()) -> Any:
     """Return the ``predictions`` member: a value that orjson writes with ``OPT_SERIALIZE_NUMPY``."""
     outputs = {name: json_ready(array) for name, array in response.outputs.items()}
-    if len(outputs) == 1:
+    if len(outputs) == 1 and not groups:
         return next(iter(outputs.values()))
     if len({array.shape[:1] for array in response.outputs.values()}) != 1 or any(a.ndim == 0 for a in response.outputs.values()):
         return outputs
+    if groups:
+        outputs = {name: outputs[name] if members == (name,) else _beside(outputs, members) for name, members in groups}
+        if len(outputs) == 1:
+            return next(iter(outputs.values()))
     return [dict(zip(outputs, row, strict=True)) for row in zip(*map(_iterate, outputs.values()), strict=True)]
+
+
+def _beside(outputs: Mapping[str, Any], members: Sequence[str]) -> Any:
+    """For each row the list of these outputs' rows."""
+    arrays = [outputs[name] for name in members]
+    if all(isinstance(array, np.ndarray) for array in arrays) and len({(array.dtype, array.shape) for array in arrays}) == 1:
+        return np.stack(arrays, axis=1)
+    return [list(row) for row in zip(*map(_iterate, arrays), strict=True)]
 
 
 def _iterate(values: Any) -> Any:

@@ -18,7 +18,7 @@ import orjson
 from libs.inference import v1
 from libs.inference.bodies import parse_object
 from libs.inference.errors import InvalidInputError
-from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.requests import Groups, InferRequest, InferResponse
 from schemas.inference import Signature
 
 
@@ -36,12 +36,13 @@ def parse(body: bytes | bytearray | memoryview, signature: Signature) -> InferRe
     return v1.from_document({"instances": document["instances"], "parameters": document.get("parameters")}, signature)
 
 
-def render(response: InferResponse, about: Mapping[str, str]) -> bytes:
+def render(response: InferResponse, about: Mapping[str, str], groups: Groups = ()) -> bytes:
     """Write the answer of ``:predict``: one prediction for each instance, then ``about``, the fields that name who answered.
 
     NaN and infinities are ``null``. ``predictions`` is always a list: outputs that cannot be put into rows are its one element.
+    ``groups`` are those of the request, as in V1.
     """
-    predictions = v1.predictions(response)
+    predictions = v1.predictions(response, groups)
     if isinstance(predictions, dict) or not hasattr(predictions, "__len__"):
         predictions = [predictions]
     return orjson.dumps({"predictions": predictions, **about}, option=orjson.OPT_SERIALIZE_NUMPY)

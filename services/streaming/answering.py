@@ -364,7 +364,8 @@ def _parts(batch: Batch, response: InferResponse) -> Sequence[Arrays]:
 def _results(batch: Batch, parts: Sequence[Arrays], response: InferResponse, writer: ResultWriter) -> list[Given]:
     requests = [item.request for item in batch.items]
     if batch.items[0].is_rows:
-        return writer.rows(requests, batch.counts, batch.route, response)
+        asked = batch.items[0].asked
+        return writer.rows(requests, batch.counts, batch.route, response, asked.groups if asked is not None else ())
     if len(requests) > 1 and batch.is_plain:
         return writer.outputs(requests, batch.counts, batch.route, response)
     return [

@@ -216,7 +216,7 @@ class Grouping:
             self._alone.append(Batch(route, [item], [1], asked.inputs, asked.outputs))
         else:
             item.rows = rows
-            self._parsed.setdefault((route.deployment_id, item.is_rows, key_of(asked)), (route, []))[1].append(item)
+            self._parsed.setdefault((route.deployment_id, item.is_rows, asked.groups, key_of(asked)), (route, []))[1].append(item)
 
     def _is_batchable(self, route: Route) -> bool:
         known = self._batchable.get(route.deployment_id)

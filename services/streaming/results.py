@@ -15,7 +15,7 @@ import orjson
 from libs.errors import MillraceError
 from libs.inference import v1, v2, v2_grpc
 from libs.inference.errors import printable
-from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.requests import Groups, InferRequest, InferResponse
 from libs.inference.routing import Route
 from libs.inference.tensors import Array, json_ready
 from libs.messaging.records import MAX_RECORD_BYTES
@@ -57,9 +57,11 @@ class ResultWriter:
         self._completed = self._head(COMPLETED, _JSON)
         self._endpoint = orjson.dumps(endpoint_name)
 
-    def rows(self, requests: Sequence[Request], counts: Sequence[int], route: Route, response: InferResponse) -> list[Given]:
+    def rows(
+        self, requests: Sequence[Request], counts: Sequence[int], route: Route, response: InferResponse, groups: Groups = ()
+    ) -> list[Given]:
         """Results of V1 requests whose rows were asked together; several only if the response has exactly their rows, in their order."""
-        predictions = _as_list(v1.predictions(response))
+        predictions = _as_list(v1.predictions(response, groups))
         model = orjson.dumps(route.model_name)
         middle = b',"endpoint_name":%b,"status":"completed","model_name":%b,"model_version":%d,"predictions":' % (
             self._endpoint,

@@ -360,7 +360,7 @@ def _with_golden(verdict: Validation, example: Mapping[str, Any], request: Infer
     if examples.is_v2(example):
         body, _ = v2.render(answer, replace(request, binary_data_output=False, binary_data={}), "", "")
     else:
-        body = v1.render(answer)
+        body = v1.render(answer, request.groups)
     if len(body) > MAX_EXAMPLE_BYTES:
         text = f"the answer to the example has {len(body)} bytes and is not kept; {MAX_EXAMPLE_BYTES} are the limit"
         return _with(verdict, warning("trial.golden_size", text))

@@ -8,13 +8,13 @@ SageMaker Runtime API, ``InvokeEndpoint``; MLflow, "Local Inference Server Speci
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from importlib import metadata
 
 from libs.errors import InvalidArgumentError, NotFoundError, NotReadyError
 from libs.inference import tabular, v1
-from libs.inference.requests import InferRequest, InferResponse
+from libs.inference.requests import InferRequest
 from schemas.base import ALIAS_PATTERN
 from schemas.inference import Signature
 from schemas.registry import DeploymentSnapshot
@@ -164,16 +164,11 @@ def writable(request: InferRequest, form: Form, signature: Signature) -> InferRe
     return request
 
 
-def write_content(response: InferResponse, form: Form) -> bytes:
+def write_content(prediction: Prediction, form: Form) -> bytes:
     """The answer in a form."""
-    return _WRITERS[form](response)
-
-
-_WRITERS: Mapping[Form, Callable[[InferResponse], bytes]] = {
-    Form.JSON: v1.render,
-    Form.CSV: tabular.render_csv,
-    Form.NPY: tabular.render_npy,
-}
+    if form is Form.JSON:
+        return v1.render(prediction.response, prediction.request.groups)
+    return (tabular.render_csv if form is Form.CSV else tabular.render_npy)(prediction.response)
 
 
 def _read(incoming: Incoming, target: Target, max_bytes: int) -> Ask:
@@ -185,7 +180,7 @@ def _read(incoming: Incoming, target: Target, max_bytes: int) -> Ask:
 
     def write(prediction: Prediction) -> Outgoing:
         variant = (b"x-amzn-invoked-production-variant", prediction.route.deployment_id.encode())
-        answer = Outgoing(write_content(prediction.response, form), 200, MEDIA_TYPES[form].encode(), (*who(prediction), variant))
+        answer = Outgoing(write_content(prediction, form), 200, MEDIA_TYPES[form].encode(), (*who(prediction), variant))
         return compressed(answer, incoming.headers.get(b"accept-encoding"))
 
     return Ask(target, Protocol.INVOCATIONS, parse, write, timeout_ms(incoming))

@@ -79,7 +79,7 @@ def _read_event(incoming: Incoming, max_bytes: int) -> Ask:
 
 
 def _answer(prediction: Prediction) -> Outgoing:
-    return Outgoing(v1.render(prediction.response), headers=who(prediction))
+    return Outgoing(v1.render(prediction.response, prediction.request.groups), headers=who(prediction))
 
 
 class _Told:

@@ -61,7 +61,7 @@ def _predict(incoming: Incoming, max_bytes: int) -> Ask:
             "modelDisplayName": prediction.route.model_name,
             "modelVersionId": str(prediction.route.version),
         }
-        answer = Outgoing(vertex.render(prediction.response, about), headers=who(prediction))
+        answer = Outgoing(vertex.render(prediction.response, about, prediction.request.groups), headers=who(prediction))
         return compressed(answer, incoming.headers.get(b"accept-encoding"))
 
     return Ask(Target(incoming.parameters["endpoint"]), Protocol.VERTEX, parse, write, timeout_ms(incoming))
@@ -112,7 +112,7 @@ class _Raw:
             version, request_id = str(route.version), self._incoming.request_id
             content, _ = v2.render(prediction.response, prediction.request, route.endpoint_name, version, request_id)
         else:
-            content = write_content(prediction.response, form)
+            content = write_content(prediction, form)
         media_type = MEDIA_TYPES[form]
         if self._is_wrapped:
             content, media_type = vertex.render_http_body(media_type, content), MEDIA_TYPES[Form.JSON]

@@ -81,6 +81,31 @@ def test_outputs_may_be_asked_for_by_name() -> None:
     assert request.outputs == ("predict",)
 
 
+TARGETS = Signature(
+    inputs=(spec(),),
+    outputs=(spec("predict", "INT64", (-1, 2)), spec("predict_proba_0", shape=(-1, 2)), spec("predict_proba_1", shape=(-1, 3))),
+)
+
+
+def test_a_name_may_stand_for_the_outputs_of_all_targets() -> None:
+    request = v1.parse(b'{"instances": [[1,2,3]], "outputs": ["predict_proba"]}', TARGETS)
+    assert request.outputs == ("predict_proba_0", "predict_proba_1")
+    assert request.groups == (("predict_proba", ("predict_proba_0", "predict_proba_1")),)
+    single = v1.parse(b'{"instances": [[1,2,3]], "outputs": ["predict_proba_1"]}', TARGETS)
+    assert (single.outputs, single.groups) == (("predict_proba_1",), ())
+    known = "the model has no output 'proba'; it has predict, predict_proba_0, predict_proba_1"
+    assert refusal({"instances": [[1, 2, 3]], "outputs": ["proba"]}, TARGETS) == known
+
+
+def test_targets_of_text_and_of_missing_values_stand_beside_each_other() -> None:
+    groups = (("label", ("label_0", "label_1")),)
+    texts = np.array([b"a", "ü".encode()], dtype=object)
+    answer = json.loads(v1.render(InferResponse({"label_0": texts, "label_1": np.array([1.5, np.nan])}), groups))
+    assert answer == {"predictions": [["a", 1.5], ["ü", None]]}
+    alone = json.loads(v1.render(InferResponse({"label_0": texts}), (("label", ("label_0",)),)))
+    assert alone == {"predictions": [["a"], ["ü"]]}
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [

@@ -5,6 +5,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+import orjson
 import pandas as pd
 import pytest
 from sklearn.datasets import load_iris
@@ -14,6 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 
 from libs.inference import examples, v1
+from libs.inference.requests import InferResponse
 from libs.runner.errors import InvalidInputError, LoadError
 from libs.runner.formats.sklearn import SklearnModel
 from libs.runner.formats.sklearn import load as load_sklearn
@@ -74,6 +76,30 @@ def test_each_target_has_an_output_of_its_own(count: int) -> None:
     answer = served.predict({"input": x[:count]}, ["predict_proba_0", "predict_proba_1"])
     for target, expected in enumerate(model.predict_proba(x[:count])):
         assert np.array_equal(answer[f"predict_proba_{target}"], expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_predict_proba_of_several_targets_is_answered_row_by_row_in_v1(count: int, ragged: bool) -> None:
+    x, y = load_iris(return_X_y=True)
+    labels = np.c_[y if ragged else y > 0, x[:, 0] > 5.8].astype(int)
+    model = DecisionTreeClassifier(max_depth=2, random_state=0).fit(x, labels)
+    rows = x[[0, 60, 149]].tolist()[:count]
+    served = SklearnModel(model)
+    signature = Signature.model_validate(served.describe())
+
+    def answered(**asked: Any) -> Any:
+        request = v1.parse(orjson.dumps({"instances": rows, **asked}), signature)
+        return orjson.loads(v1.render(InferResponse(served.predict(request.inputs, request.outputs or ["predict"])), request.groups))
+
+    by_row = [[target[row].tolist() for target in model.predict_proba(rows)] for row in range(count)]
+    assert answered(outputs=["predict_proba"]) == {"predictions": by_row}
+    assert answered(parameters={"outputs": ["predict_proba"]}) == {"predictions": by_row}
+    assert answered(outputs=["predict_proba_1"]) == {"predictions": [targets[1] for targets in by_row]}
+    both = [{"predict": label, "predict_proba": targets} for label, targets in zip(model.predict(rows).tolist(), by_row, strict=True)]
+    assert answered(outputs=["predict", "predict_proba"]) == {"predictions": both}
+    one = [{"predict_proba": targets, "predict_proba_0": targets[0]} for targets in by_row]
+    assert answered(outputs=["predict_proba", "predict_proba_0"]) == {"predictions": one}
 
 
 def test_targets_may_have_different_classes() -> None:

@@ -62,6 +62,13 @@ def test_requests_that_ask_for_different_outputs_are_not_joined():
     assert grouped([plain, named])[0] == [[1], [2]]
 
 
+def test_requests_that_ask_for_the_same_outputs_by_other_names_are_not_joined():
+    outputs = tuple(TensorSpec(name=name, datatype=Datatype.FP64, shape=(-1,)) for name in ("predict", "score_0", "score_1"))
+    route = Route("shop", ID, "iris", 3, Signature(inputs=signature().inputs, outputs=outputs), ())
+    together, apart = item({**rows(1), "outputs": ["score"]}), item({**rows(2), "outputs": ["score_0", "score_1"]})
+    assert grouped([together, apart], route=route)[0] == [[1], [2]]
+
+
 def test_requests_in_v2_are_joined_with_each_other():
     batches, _ = grouped([item({"inputs": [tensor(1)]}), item(rows(3)), item({"inputs": [tensor(2)]})])
     assert batches == [[3], [1, 2]]

@@ -57,6 +57,26 @@ def answer(asked: Ask, of: Signature | None = None, outputs: dict | None = None)
     return request.inputs["input"].tolist(), asked.write(Prediction(Route("e", "e.m.3", "m", 3, of, ()), request, InferResponse(given)))
 
 
+def test_a_name_stands_for_all_targets():
+    targets = ("predict", "predict_proba_0", "predict_proba_1")
+    of = signature().model_copy(update={"outputs": tuple(TensorSpec(name=name, datatype="FP64", shape=(-1, 2)) for name in targets)})
+    given = {f"predict_proba_{target}": np.array([[0.25, 0.75], [1.0, 0.0]]) + target for target in range(2)}
+    expected = [[[0.25, 0.75], [1.25, 1.75]], [[1.0, 0.0], [2.0, 1.0]]]
+    body = {"instances": [[1, 2], [3, 4]], "parameters": {"outputs": ["predict_proba"]}}
+    for path in (PREDICT, RAW):
+        _, outgoing = answer(ask(path, json.dumps(body).encode()), of, given)
+        assert json.loads(outgoing.body)["predictions"] == expected
+    frame = {"dataframe_split": {"columns": ["a", "b"], "data": [[1, 2], [3, 4]]}, "params": {"outputs": ["predict_proba"]}}
+    _, outgoing = answer(ask(RAW, json.dumps(frame).encode()), of, given)
+    assert json.loads(outgoing.body)["predictions"] == expected
+    _, table = answer(ask(RAW, json.dumps(body).encode(), accept="text/csv"), of, given)
+    assert table.body == b"0.25,0.75,1.25,1.75\n1.0,0.0,2.0,1.0\n"
+    tensor = {"name": "input", "datatype": "FP64", "shape": [1, 2], "data": [1, 2]}
+    asked = ask(RAW, json.dumps({"inputs": [tensor], "outputs": [{"name": "predict_proba"}]}).encode())
+    with pytest.raises(InvalidInputError, match="no output 'predict_proba'; it has predict, predict_proba_0, predict_proba_1"):
+        asked.parse(of)
+
+
 def predict(**content: object) -> bytes:
     return json.dumps(content).encode()
 
