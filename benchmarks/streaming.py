@@ -99,10 +99,10 @@ def forms(model: Model) -> list[Form]:
     """The same row in each form."""
     row = model.row
     tensor = {"name": "input", "datatype": "FP64", "shape": [1, 4], "data": row.ravel().tolist()}
-    asked = InferRequest({"input": row}, binary_data_output=True)
+    asked = InferRequest({"input": row}, ("predict",), binary_data_output=True)
     return [
         Form("V1 JSON", b"application/json", orjson.dumps({"instances": row.tolist()})),
-        Form("V2 JSON", b"application/json", orjson.dumps({"inputs": [tensor]})),
+        Form("V2 JSON", b"application/json", orjson.dumps({"inputs": [tensor], "outputs": [{"name": "predict"}]})),
         Form("V2 protobuf", v2_grpc.CONTENT_TYPE.encode(), v2_grpc.write_request(asked, "iris")),
     ]
 

@@ -43,7 +43,7 @@ class TensorSpec(Contract):
 class Signature(Contract):
     """The inputs and outputs of a model version.
 
-    ``outputs[0]`` is the default answer of V1: the one a request gets that names no outputs.
+    ``outputs[0]`` is the default answer of V1: the one a request gets that names no outputs; in V2 it gets all.
     ``feature_names`` are the columns of the single two-dimensional input, if the model was trained with names.
     ``ignored_columns`` are columns of the training table that the model does not use: requests may have them, with any values.
     ``batchable`` says that rows are independent, so requests may be joined and cut; the trial found it so.

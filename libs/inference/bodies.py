@@ -134,6 +134,11 @@ def requested_outputs(names: Any, signature: Signature) -> tuple[str, ...] | Non
     return tuple(dict.fromkeys(names))
 
 
+def every_output(signature: Signature) -> tuple[str, ...] | None:
+    """What a V2 request asks for that names no outputs: all of them; ``None``, as in V1, where the model has one."""
+    return tuple([spec.name for spec in signature.outputs]) if len(signature.outputs) > 1 else None
+
+
 def requested_groups(names: Any, signature: Signature) -> tuple[tuple[str, ...] | None, Groups]:
     """Check the names of requested outputs, where ``predict_proba`` may stand for ``predict_proba_0``, ``predict_proba_1`` …
 

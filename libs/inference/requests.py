@@ -19,7 +19,7 @@ class InferRequest:
     inputs
         One array per input of the signature, in its datatype and shape; ``BYTES`` are object arrays of ``bytes``.
     outputs
-        Names of the outputs asked for; ``None`` is the default answer, the signature's first output.
+        Names of the outputs asked for; ``None`` is V1's default answer, the signature's first output.
     groups
         Names that were asked for with the outputs that each stands for, when one of them is the common name of several (V1); else empty.
     id

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from libs.inference.bodies import object_or_empty, parse_object, requested_outputs
+from libs.inference.bodies import every_output, object_or_empty, parse_object, requested_outputs
 from libs.inference.columns import assembled, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
@@ -79,7 +79,7 @@ def from_document(document: Mapping[str, Any], signature: Signature, tail: memor
     names, binary = _read_outputs(asked, signature) if asked is not None else (None, {})
     return InferRequest(
         inputs=_read_inputs(document.get("inputs"), signature, tail),
-        outputs=names,
+        outputs=names or every_output(signature),
         id=request_id,
         parameters=parameters,
         binary_data_output=_flag(parameters, "binary_data_output") is True,

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from libs.inference import v2
-from libs.inference.bodies import requested_outputs
+from libs.inference.bodies import every_output, requested_outputs
 from libs.inference.columns import assembled, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
@@ -97,7 +97,7 @@ def from_message(message: ModelInferRequest, signature: Signature) -> InferReque
     outputs = message.outputs
     return InferRequest(
         inputs=_read_inputs(message, signature, raw),
-        outputs=requested_outputs([output.name for output in outputs], signature) if outputs else None,
+        outputs=requested_outputs([output.name for output in outputs], signature) if outputs else every_output(signature),
         id=message.id or None,
         parameters=_read_parameters(message.parameters) if message.parameters else {},
         binary_data_output=bool(raw),

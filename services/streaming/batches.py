@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ class Item:
     asked
         The tensors, once they had to be made for this request by itself.
     is_plain
-        Whether it has nothing but rows, or one V2 tensor: such requests are made to tensors all at once.
+        Whether it has nothing but rows, or one V2 tensor and the names of outputs: such requests are made to tensors all at once.
     rows
         How many rows it has, once that is known.
     lost
@@ -72,7 +72,7 @@ class Item:
         if self.request.form is not None:
             return
         self.document = document = self.request.document()
-        if len(document) == 1:
+        if len(document) == 1 or (len(document) == 2 and _named_outputs(document)):
             rows = _plain_rows(document)
             self.is_plain, self.rows = rows > 0, rows or 1
 
@@ -201,7 +201,7 @@ class Grouping:
         """Rows of many requests read as those of one, whose elements are independent of each other; if one is wrong, each for itself."""
         try:
             asked = guarded("read", _as_one, items, counts, route.signature)
-            return [Batch(route, items, counts, asked.inputs, is_plain=True)]
+            return [Batch(route, items, counts, asked.inputs, asked.outputs, is_plain=True)]
         except MillraceError:
             for item in items:
                 self._add_parsed(item, route)
@@ -246,7 +246,7 @@ def guarded(doing: str, call: Callable[..., T], *arguments: Any) -> T:
 def _plain_rows(document: dict[str, Any]) -> int:
     """The rows of a body that has nothing but rows, or one V2 tensor with as many values as its shape says; else 0."""
     instances = document.get("instances")
-    if type(instances) is list:
+    if type(instances) is list and len(document) == 1:
         return len(instances)
     match document.get("inputs"):
         case [{"name": str(), "datatype": str(), "shape": [int(rows), *rest], "data": [first, *_] as data} as tensor] if (
@@ -259,12 +259,22 @@ def _plain_rows(document: dict[str, Any]) -> int:
     return 0
 
 
+def _named_outputs(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """The outputs that a V2 body asks for by their names alone; empty when it asks for none, or for more than that."""
+    outputs = document.get("outputs")
+    if type(outputs) is not list or not all(type(output) is dict and len(output) == 1 for output in outputs):
+        return ()
+    names = tuple(output.get("name") for output in outputs)
+    return names if all(type(name) is str for name in names) else ()
+
+
 def _kind(item: Item) -> tuple[Any, ...]:
     """What plain requests must have in common to be read as one."""
     if item.is_rows:
         return ()
-    tensor = item.document["inputs"][0]  # type: ignore[index]
-    return (tensor["name"], tensor["datatype"], *tensor["shape"][1:])
+    assert item.document is not None  # noqa: S101 (plain requests are JSON; for the type checker)
+    tensor = item.document["inputs"][0]
+    return (_named_outputs(item.document), tensor["name"], tensor["datatype"], *tensor["shape"][1:])
 
 
 def _as_one(items: Sequence[Item], counts: Sequence[int], signature: Signature) -> InferRequest:
@@ -274,7 +284,8 @@ def _as_one(items: Sequence[Item], counts: Sequence[int], signature: Signature) 
         return v1.from_document({"instances": list(chain.from_iterable(document["instances"] for document in documents))}, signature)
     first = documents[0]["inputs"][0]
     data = list(chain.from_iterable(document["inputs"][0]["data"] for document in documents))
-    return v2.from_document({"inputs": [{**first, "shape": [sum(counts), *first["shape"][1:]], "data": data}]}, signature)
+    tensor = {**first, "shape": [sum(counts), *first["shape"][1:]], "data": data}
+    return v2.from_document({**documents[0], "inputs": [tensor]}, signature)
 
 
 def _cut(items: Sequence[Item], counts: Sequence[int], limit: int) -> Iterator[tuple[list[Item], list[int]]]:

@@ -24,10 +24,7 @@ Repository Extension, and HTTP itself (RFC 9110). MUST is what a specification d
 what it advises, or what clients in use rely on. "–" means that there is nothing to try out: the server or the model does not have it.
 """
 
-_DEVIATION = """\
-Millrace departs from one sentence on purpose, over REST and gRPC: a request that names no outputs is answered with the first output of the
-metadata only (`predict`). The others (probabilities, scores) are each another pass through the model, and are given to who names them.
-
+_NAMES = """\
 A model with one input takes it under any name, because clients write names of their own (`input-0`). The checks of unknown inputs therefore
 send one beside the model's own; the peers' verdicts on these checks are of an earlier form, which sent it instead.
 """
@@ -60,7 +57,7 @@ def document(columns: Mapping[Titled, list[Result]]) -> str:
     parts = [_HEAD, "## Summary\n", _summaries(columns)]
     for group, found in groupby(rows, key=lambda row: row[0].check.group):
         parts += [f"\n## {group}\n", _table([server.title for server in servers], list(found))]
-    parts += ["\n## Why not\n", _DEVIATION, *(_reasons(server.title, columns[server]) for server in servers)]
+    parts += ["\n## Why not\n", _NAMES, *(_reasons(server.title, columns[server]) for server in servers)]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -58,6 +58,7 @@ class SklearnModel:
         columns = [spec for spec in (declared or {}).get("inputs", ()) if spec.get("dtype")]
         self._table: Table | None = None if self._takes_text else find_table(estimator, self._feature_names, columns)
         self._sources: dict[str, tuple[str, int | None]] = {}
+        self._takes_made_up = False
 
     def describe(self) -> dict[str, Any]:
         n_features = _n_features(self._estimator)
@@ -111,13 +112,17 @@ class SklearnModel:
             raise
 
     def _describe_outputs(self, method: str, n_features: int) -> list[dict[str, Any]]:
-        """Ask the method for made-up rows; a method that takes none of ours is described by what is known of it."""
+        """Ask the method for made-up rows; a method that takes none of ours is described by what is known of it.
+
+        None if the first method has answered these rows and this one raises: it is there only to say that it is not supported.
+        """
         try:
             answers = [self._call(method, self._made_up(count, n_features)) for count in _MADE_UP_ROWS]
         except BaseException as error:  # the model's code may raise anything; what it says to real input is seen later
             if method == self._methods[0] and type(error).__name__ == _NOT_FITTED:
                 raise LoadError("not_a_model", f"the artifact holds {_type_name(self._estimator)}, which is not fitted") from error
-            return [self._guess_output(method)]
+            return [] if self._takes_made_up else [self._guess_output(method)]
+        self._takes_made_up = True
         if not _has_targets(answers[0]):
             return self._described(method, answers)
         described = []

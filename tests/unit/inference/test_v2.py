@@ -32,6 +32,13 @@ def refusal(raw: bytes, given: Signature | None = None, head_length: int | None 
     return caught.value.message
 
 
+@pytest.mark.parametrize("asked", [{}, {"outputs": []}, {"outputs": None}])
+def test_a_request_that_names_no_outputs_gets_all(asked: dict[str, object]) -> None:
+    assert v2.parse(body([1, 2, 3], **asked), signature()).outputs == ("predict", "predict_proba")
+    one = signature().model_copy(update={"outputs": signature().outputs[:1]})
+    assert v2.parse(body([1, 2, 3], **asked), one).outputs is None
+
+
 @pytest.mark.parametrize("data", [[1, 2, 3.5], [[1, 2, 3.5]]])
 def test_data_may_be_flat_or_nested(data: object) -> None:
     assert v2.parse(body(data), signature()).inputs["input"].tolist() == [[1.0, 2.0, 3.5]]

@@ -109,6 +109,15 @@ def test_targets_may_have_different_classes() -> None:
     assert outputs == {"predict": [-1, 2], "predict_proba_0": [-1, 3], "predict_proba_1": [-1, 2]}
 
 
+def test_a_method_that_only_says_that_it_is_not_supported_is_no_output() -> None:
+    class Half(DecisionTreeClassifier):
+        def predict_proba(self, X: Any, check_input: bool = True) -> Any:
+            raise NotImplementedError
+
+    x, y = load_iris(return_X_y=True)
+    assert [spec["name"] for spec in SklearnModel(Half().fit(x, y)).describe()["outputs"]] == ["predict"]
+
+
 def test_dates_as_labels_are_text() -> None:
     x, y = load_iris(return_X_y=True)
     days = np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "datetime64[D]")

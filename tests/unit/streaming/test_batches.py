@@ -74,6 +74,41 @@ def test_requests_in_v2_are_joined_with_each_other():
     assert batches == [[3], [1, 2]]
 
 
+def test_requests_in_v2_are_asked_for_all_outputs_or_for_those_that_they_name():
+    outputs = tuple(TensorSpec(name=name, datatype=Datatype.FP64, shape=(-1,)) for name in ("predict", "score"))
+    route = Route("shop", ID, "iris", 3, Signature(inputs=signature().inputs, outputs=outputs), ())
+    flat = [{**tensor(value), "data": [value, 0]} for value in range(6)]
+    named = [{"name": "score"}]
+    documents = [
+        {"inputs": [flat[0]]},
+        {"inputs": [flat[1]]},
+        {"inputs": [flat[2]], "outputs": named},
+        {"inputs": [flat[3]], "outputs": named},
+    ]
+    grouping = Grouping()
+    for document in [*documents, {"inputs": [flat[4]], "outputs": []}, {"inputs": [flat[5]], "id": "x"}, rows(6)]:
+        grouping.add(item(document), route, is_alone=False)
+    batches = grouping.batches(100)
+    both = ("predict", "score")
+    assert sorted((batch.inputs["input"][:, 0].tolist(), batch.outputs) for batch in batches) == [
+        ([0, 1], both),
+        ([2, 3], ("score",)),
+        ([4, 5], both),
+        ([6], None),
+    ]
+    assert [batch.is_plain for batch in batches] == [True, True, True, False]
+    assert all(part.outputs == batch.outputs for batch in batches for part in batch.parts(1))
+
+
+@pytest.mark.parametrize(
+    "outputs", [[{"name": "nope"}], [{"name": 1}], ["predict"], {}, [{"name": "predict", "parameters": {"binary_data": 1}}]]
+)
+def test_outputs_that_are_none_fail_alone(outputs):
+    flat = {**tensor(1), "data": [1, 0]}
+    bad = item({"inputs": [flat], "outputs": outputs})
+    assert grouped([item({"inputs": [flat]}), bad, item({"inputs": [flat], "outputs": [{"name": "predict"}]})]) == ([[1], [1]], [bad])
+
+
 @pytest.mark.parametrize(
     "odd",
     [

@@ -161,7 +161,10 @@ def test_a_raw_body_is_told_by_its_content(form, content_type):
     body = json.loads(outgoing.body)
     if form.startswith("V2"):
         assert (body["model_name"], body["model_version"], body["id"]) == ("e", "3", "r1")
-        assert body["outputs"] == [{"name": "predict", "datatype": "FP64", "shape": [2], "data": [3.0, 7.5]}]
+        assert body["outputs"] == [
+            {"name": "predict", "datatype": "FP64", "shape": [2], "data": [3.0, 7.5]},
+            {"name": "predict_proba", "datatype": "FP64", "shape": [2, 2], "data": [0.25, 0.75, 1.0, 0.0]},
+        ]
     else:
         assert body == {"predictions": [3.0, 7.5]}
 
