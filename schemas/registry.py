@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from schemas.artifacts import FileSet
 from schemas.base import Alias, Command, Contract, Fact, Name, Payload, Percent, Sha256, VersionNumber
 from schemas.environment import EnvironmentLock
 from schemas.inference import DeclaredSignature, Signature
@@ -30,7 +31,7 @@ class ArtifactFormat(StrEnum):
 
 
 class Artifact(Contract):
-    """A file in the artifact store, addressed by its content."""
+    """A file in the artifact store, addressed by its content: a model, or an archive of what belongs to one."""
 
     sha256: Sha256
     size_bytes: int = Field(ge=0)
@@ -59,6 +60,7 @@ class VersionSpec(Contract):
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200)
     example: dict[str, Any] | None = None
     signature: DeclaredSignature | None = Field(default=None, description="As the uploader declares it; null: found in the trial.")
+    code: Artifact | None = Field(default=None, description="Python modules beside the model: an archive of a folder, or one .py file.")
     allow_code: bool = Field(default=False, description="The uploader's consent to code that the artifact carries or calls.")
     forbid_batching: bool = Field(default=False, description="Never join or cut requests, whatever the trial finds.")
     description: str = Field(default="", max_length=4096)
@@ -457,6 +459,8 @@ class VersionSnapshot(Payload):
     status: VersionStatus
     spec: VersionSpec
     format: ArtifactFormat | None = None
+    files: FileSet | None = Field(default=None, description="What the artifact was unpacked to; null when it is one file.")
+    code: FileSet | None = Field(default=None, description="The modules that came with it.")
     requirements: tuple[str, ...] | None = Field(default=None, description="As given, or as inferred at inspection.")
     environment: EnvironmentLock | None = None
     signature: Signature | None = None
@@ -509,6 +513,8 @@ class DeploymentSnapshot(Payload):
     version: VersionNumber
     status: DeploymentStatus
     artifact: Artifact
+    files: FileSet | None = Field(default=None, description="What the artifact was unpacked to; null when it is one file.")
+    code: FileSet | None = Field(default=None, description="The modules that came with it.")
     format: ArtifactFormat
     environment: EnvironmentLock
     signature: Signature

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
+from schemas.artifacts import FileSet
 from schemas.base import Contract, Fact, Name, VersionNumber
 from schemas.inference import Signature
 
@@ -44,6 +45,8 @@ class VersionInspected(Fact):
     format: str
     requirements: tuple[str, ...]
     inferred: bool = Field(description="True when the requirements were inferred from the artifact.")
+    files: FileSet | None = Field(default=None, description="What the artifact was unpacked to; null when it is one file.")
+    code: FileSet | None = Field(default=None, description="The modules that came with it.")
     findings: tuple[Finding, ...] = ()
 
     @property

@@ -60,6 +60,10 @@ class RunnerSpec:
         A model that is busy with one request for longer hangs, and the runner ends itself; None: it never does.
     signature
         What is known of the signature: declared by the uploader, or found in the trial; None: nothing.
+    files
+        The folder that the model's file is in, when it is one of several; the model may read them all.
+    code
+        A folder of modules that the model may import, behind all others.
     """
 
     python: Path
@@ -75,6 +79,8 @@ class RunnerSpec:
     start_timeout_s: float = 60.0
     predict_timeout_s: float | None = None
     signature: Signature | DeclaredSignature | None = None
+    files: Path | None = None
+    code: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +263,9 @@ def _spawn(spec: RunnerSpec, listener: socket.socket, ready_sender: int) -> subp
     command += ["--fd", str(listener.fileno()), "--ready-fd", str(ready_sender)]
     command += ["--artifact", str(spec.artifact.resolve()), "--format", spec.format]
     command += ["--scratch", str(spec.scratch.resolve()), "--cage", spec.cage.to_json()]
+    for option, folder in (("--files", spec.files), ("--code", spec.code)):
+        if folder is not None:
+            command += [option, str(folder.resolve())]
     if spec.predict_timeout_s is not None:
         command += ["--predict-timeout-s", str(spec.predict_timeout_s)]
     with spec.log.open("ab") as log:

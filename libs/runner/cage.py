@@ -33,7 +33,7 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 LINUX_LAYERS = ("death_signal", "limits", "capabilities", "no_new_privileges", "landlock", "seccomp")
@@ -110,8 +110,10 @@ class CageReport:
         return dict(self.layers)
 
 
-def apply(spec: CageSpec, *, environment: str, artifact: str, scratch: str | None) -> CageReport:
+def apply(spec: CageSpec, *, environment: str, artifact: Sequence[str], scratch: str | None) -> CageReport:
     """Apply the layers to this process, for good, and report each as ``active`` or with the reason why not.
+
+    ``artifact`` are the files and folders of the model.
 
     Call it from the main thread before any other thread starts: Landlock and seccomp bind the calling thread and
     the threads that it makes later.
@@ -235,12 +237,12 @@ _SYSTEM_PATHS = (
 )
 
 
-def readable_paths(environment: str, artifact: str) -> list[str]:
+def readable_paths(environment: str, artifact: Sequence[str]) -> list[str]:
     """Return every path that a runner of the environment (a directory) reads; a path that does not exist is left out."""
     here = os.path.dirname(os.path.abspath(__file__))
     # Not the base prefix as a whole: that may be /usr, and a home may lie below it.
     base = [os.path.join(prefix, part) for prefix in (sys.base_prefix, sys.base_exec_prefix) for part in ("bin", "lib", "lib64", "share")]
-    wanted = [*_SYSTEM_PATHS, environment, *base, here, artifact]
+    wanted = [*_SYSTEM_PATHS, environment, *base, here, *artifact]
     return [path for path in dict.fromkeys(wanted) if path and os.path.exists(path)]
 
 

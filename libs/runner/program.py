@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         report = cage.apply(
             cage.CageSpec.from_json(options.cage),
             environment=_environment_of(options.python),
-            artifact=options.artifact,
+            artifact=[options.artifact, *(folder for folder in (options.files, options.code) if folder)],
             scratch=options.scratch,
         )
     except cage.CageError as error:
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str]) -> int:
     # Only now: a thread that runs already would stay outside of the cage.
     threading.Thread(target=_exit_with_supervisor, args=(lifeline,), name="lifeline", daemon=True).start()
     _enter_environment(options.python)
+    if options.code:
+        # Behind everything else: it can take the place of no library.
+        sys.path.append(options.code)
     return _serve(options, token, declared, ready, report)
 
 
@@ -58,6 +61,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--python", required=True, help="the environment's link to this interpreter")
     parser.add_argument("--artifact", required=True, help="path of the model's file")
     parser.add_argument("--format", required=True, help="sklearn or onnx")
+    parser.add_argument("--files", default=None, help="folder that the model's file is in, when it is one of several")
+    parser.add_argument("--code", default=None, help="folder of modules that the model may import")
     parser.add_argument("--scratch", default=None, help="the only directory that may be written")
     parser.add_argument("--predict-timeout-s", type=float, default=None, help="a model busy with one request for longer hangs; end then")
     parser.add_argument("--cage", default="{}", help="CageSpec as JSON")

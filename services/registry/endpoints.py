@@ -214,6 +214,8 @@ def _requested(
         version=version.version,
         status=existing.status if existing is not None and running else DeploymentStatus.PENDING,
         artifact=version.spec.artifact,
+        files=version.files,
+        code=version.code,
         format=version.format,
         environment=version.environment,
         signature=version.signature,

@@ -154,6 +154,8 @@ def inspected(state: State, outcome: VersionInspected, context: Context) -> Deci
         VersionStatus.INSPECTED,
         context,
         format=outcome.format,
+        files=outcome.files,
+        code=outcome.code,
         requirements=outcome.requirements,
         findings=outcome.findings,
     )
@@ -244,8 +246,12 @@ def _same_content(version: VersionSnapshot, spec: VersionSpec) -> bool:
 
 
 def _identity(spec: VersionSpec) -> tuple[object, ...]:
-    """What makes a version the one that it is; not its example, name of the file, description, labels or lineage."""
-    return (spec.artifact.sha256, spec.allow_code, spec.format, spec.requirements, spec.signature, spec.forbid_batching)
+    """What makes a version the one that it is; not its example, name of the file, description, labels or lineage.
+
+    The name of a ``.py`` file is that of a module, so it counts.
+    """
+    code = spec.code and (spec.code.sha256, spec.code.filename if spec.code.filename.endswith(".py") else "")
+    return (spec.artifact.sha256, code, spec.allow_code, spec.format, spec.requirements, spec.signature, spec.forbid_batching)
 
 
 def _check_usable(version: VersionSnapshot) -> None:

@@ -1,6 +1,8 @@
 """The Serve deployment class: one replica supervises one runner. Nothing of a model is imported or unpickled here."""
 
 import asyncio
+from dataclasses import dataclass
+from pathlib import Path
 
 from libs.artifacts.cache import ArtifactCache
 from libs.artifacts.factory import from_settings
@@ -44,6 +46,15 @@ class ModelRunner:
         self._process.kill()
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where a version's files are; ``folder`` is that of a set, ``code`` that of the modules beside the model."""
+
+    model: Path
+    folder: Path | None
+    code: Path | None
+
+
 class ModelReplica:
     """Fetches an artifact, ensures its environment, keeps a runner of it alive.
 
@@ -76,15 +87,13 @@ class ModelReplica:
 
     async def _prepare(self) -> RunnerSpec:
         spec, places = self._spec, self._spec.places
-        python, artifact = await asyncio.gather(
-            EnvironmentCache(places.environments_dir).ensure(spec.environment), self._artifacts.ensure(spec.artifact_sha256)
-        )
+        python, files = await asyncio.gather(EnvironmentCache(places.environments_dir).ensure(spec.environment), self._files())
         key = await asyncio.to_thread(places.runner_key_file.read_bytes)
         scratch = self._directory / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         return RunnerSpec(
             python=python,
-            artifact=artifact,
+            artifact=files.model,
             format=spec.format.value,
             runner_id=self._replica_id,
             token=runner_token(key.strip(), self._replica_id),
@@ -96,10 +105,21 @@ class ModelReplica:
             start_timeout_s=spec.limits.start_timeout_s,
             predict_timeout_s=spec.limits.predict_timeout_s,
             signature=spec.signature,
+            files=files.folder,
+            code=files.code,
         )
 
+    async def _files(self) -> "_Files":
+        """Verified copies of what the version is made of."""
+        spec = self._spec
+        code = None if spec.code is None else await self._artifacts.ensure_set(spec.code.sha256)
+        if spec.files is None:
+            return _Files(await self._artifacts.ensure(spec.artifact_sha256), None, code)
+        folder = await self._artifacts.ensure_set(spec.files.sha256)
+        return _Files(folder / (spec.files.model or ""), folder, code)
+
     async def _start_runner(self) -> ModelRunner:
-        await self._artifacts.ensure(self._spec.artifact_sha256)  # a copy may have been damaged since the last start
+        await self._files()  # a copy may have been damaged since the last start
         return ModelRunner(await RunnerProcess.start(self._runner_spec))
 
     async def _announce(self, announcement: Announcement) -> None:

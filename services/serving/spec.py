@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from schemas.artifacts import FileSet
 from schemas.base import Contract, Sha256
 from schemas.environment import EnvironmentLock
 from schemas.inference import Signature
@@ -20,7 +21,7 @@ class Places(Contract):
     """
 
     artifacts_url: str = Field(description="file:///directory or s3://bucket[/prefix]; S3 credentials come from ARTIFACTS_*.")
-    artifact_cache_dir: Path = Field(description="Artifacts that were fetched, one file each, named by digest.")
+    artifact_cache_dir: Path = Field(description="Artifacts that were fetched, files and folders of files, named by digest.")
     environments_dir: Path = Field(description="Directory of the content-addressed environments.")
     runner_key_file: Path = Field(description="File with the platform's runner key.")
     listen: Literal["unix", "tcp"] = "unix"
@@ -43,6 +44,8 @@ class ReplicaSpec(Contract):
     model_name: str
     version: int
     artifact_sha256: Sha256
+    files: FileSet | None = None
+    code: FileSet | None = None
     format: ArtifactFormat
     environment: EnvironmentLock
     signature: Signature
@@ -62,6 +65,8 @@ def replica_spec(snapshot: DeploymentSnapshot, places: Places, limits: Limits) -
         model_name=snapshot.model_name,
         version=snapshot.version,
         artifact_sha256=snapshot.artifact.sha256,
+        files=snapshot.files,
+        code=snapshot.code,
         format=snapshot.format,
         environment=snapshot.environment,
         signature=snapshot.signature,

@@ -4,6 +4,7 @@ MillraceError
 ├── BrokenArtifactError       the content ends too early or is not what it begins as
 ├── BrokenPickleError         not a sequence of pickle opcodes, or one that ends too early
 ├── OversizedContentError     expands beyond the limit
+├── ForbiddenEntryError       an archive with something in it that no set of files may have
 └── LongPickleError           more opcodes than are looked at
 """
 
@@ -24,3 +25,7 @@ class OversizedContentError(MillraceError):
 
 class LongPickleError(MillraceError):
     """More opcodes than are looked at."""
+
+
+class ForbiddenEntryError(MillraceError):
+    """An archive with something in it that no set of files may have."""

@@ -3,6 +3,7 @@
 import mmap
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from services.validator.rules import rejection
 
 HEAD_BYTES = 4096
 _LARGEST_PICKLE_PROTOCOL = 5
-_MODEL_SUFFIXES = (".joblib", ".pkl", ".pickle", ".onnx")
+MODEL_SUFFIXES = (".joblib", ".pkl", ".pickle", ".onnx")
+_ZIP_OF_FILES = "a zip archive (unpack it"
 _MAX_CENTRAL_DIRECTORY_BYTES = 4 * 1024 * 1024
 
 _KNOWN_PREFIXES = {
@@ -67,6 +69,25 @@ class Recognition:
     findings: tuple[Finding, ...] = ()
 
 
+def archive_kind(path: Path) -> str | None:
+    """Tell whether a file is an archive of files, ``tar``, ``tar.gz`` or ``zip``, and not a format that happens to be one."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if _is_tar(head):
+        return "tar"
+    if compression_of(head) == "gzip":
+        with suppress(BrokenArtifactError), open_content(path, "gzip", HEAD_BYTES * 1024) as reader:
+            return "tar.gz" if _is_tar(reader.read(HEAD_BYTES)) else None
+    if head.startswith(b"PK\x03\x04"):
+        with suppress(zipfile.BadZipFile, BrokenArtifactError, OSError, ValueError, NotImplementedError):
+            return "zip" if _zip_kind(list(_zip_names(path))).startswith(_ZIP_OF_FILES) else None
+    return None
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
 def recognise(path: Path, expanded_limit_bytes: int) -> Recognition:
     """Tell what a non-empty file is. Nothing of it runs and little of it is held in memory."""
     with path.open("rb") as file:
@@ -94,7 +115,7 @@ def _known(head: bytes) -> str | None:
     for prefix, kind in _TEXT_KINDS.items():
         if start.startswith(prefix):
             return kind
-    if head[257:262] == b"ustar":
+    if _is_tar(head):
         return "a tar archive (unpack it, and upload the model's file that is in it)"
     return "a safetensors file" if head[8:10] == b'{"' and head[4:8] == b"\0\0\0\0" else None
 
@@ -222,6 +243,6 @@ def _zip_kind(names: list[str]) -> str:
         return "a zip archive of NumPy arrays"
     if "schema.json" in names:
         return "a skops file (load it with skops.io.load, and save the model with joblib.dump)"
-    models = [name for name in names if name.endswith(_MODEL_SUFFIXES)]
+    models = [name for name in names if name.endswith(MODEL_SUFFIXES)]
     inside = f", and upload '{models[0]}'" if len(models) == 1 else ", and upload the model's file that is in it"
-    return f"a zip archive (unpack it{inside})"
+    return f"{_ZIP_OF_FILES}{inside})"

@@ -19,6 +19,7 @@ _IR_VERSION, _GRAPH, _OPSET_IMPORT = 1, 7, 8
 _PLAUSIBLE_IR_VERSIONS = range(1, 64)
 _STANDARD_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft"}
 _MAX_DEPTH = 32
+_MAX_PATH_BYTES = 2048
 
 # Where tensors may be, by message: field number -> message that it holds.
 _PATHS: dict[str, dict[int, str]] = {
@@ -38,13 +39,13 @@ class OnnxSummary:
     ----------
     opsets
         Operator sets by domain; the empty domain is ONNX's own.
-    has_external_data
-        Weights are said to be in other files.
+    external_data
+        Files that weights are said to be in, relative to this one's folder; an empty text where none is named.
     """
 
     ir_version: int
     opsets: tuple[tuple[str, int], ...]
-    has_external_data: bool
+    external_data: frozenset[str] = frozenset()
 
     @property
     def custom_domains(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def read_onnx(view: memoryview) -> OnnxSummary | None:
                 opsets.append(_opset(value))
         if graph is None or ir_version is None:
             return None if not opsets or ir_version is None else _fail("has no graph")
-        return OnnxSummary(ir_version, tuple(opsets), _has_external_data(graph, "graph", 0))
+        return OnnxSummary(ir_version, tuple(opsets), frozenset(_external_data(graph, "graph", 0)))
     except _TruncatedError as error:
         if ir_version is None or view[0] != 0x08:
             return None
@@ -140,17 +141,26 @@ def _opset(view: memoryview) -> tuple[str, int]:
     return domain, version
 
 
-def _has_external_data(view: memoryview, message: str, depth: int) -> bool:
-    """Look for a tensor that says its data are in another file. Nesting deeper than any real graph counts as one."""
+def _external_data(view: memoryview, message: str, depth: int) -> Iterator[str]:
+    """Look for tensors that say their data are in another file. Nesting deeper than any real graph counts as one without a name."""
     if depth > _MAX_DEPTH:
-        return True
-    if message == "tensor":
-        return any(
-            number == _TENSOR_EXTERNAL_DATA or (number == _TENSOR_DATA_LOCATION and value == 1) for number, _, value in _fields(view)
-        )
-    inner = _PATHS[message]
-    return any(
-        isinstance(value, memoryview) and _has_external_data(value, inner[number], depth + 1)
-        for number, _, value in _fields(view)
-        if number in inner
-    )
+        yield ""
+    elif message == "tensor":
+        yield from _location(view)
+    else:
+        inner = _PATHS[message]
+        for number, _, value in _fields(view):
+            if number in inner and isinstance(value, memoryview):
+                yield from _external_data(value, inner[number], depth + 1)
+
+
+def _location(tensor: memoryview) -> Iterator[str]:
+    is_external, found = False, ""
+    for number, _, value in _fields(tensor):
+        is_external = is_external or number == _TENSOR_EXTERNAL_DATA or (number == _TENSOR_DATA_LOCATION and value == 1)
+        if number == _TENSOR_EXTERNAL_DATA and isinstance(value, memoryview):
+            entry = {part: bytes(text[:_MAX_PATH_BYTES]) for part, _, text in _fields(value) if isinstance(text, memoryview)}
+            if entry.get(1) == b"location":
+                found = entry.get(2, b"").decode("utf-8", "replace")
+    if is_external:
+        yield found

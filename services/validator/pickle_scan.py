@@ -4,6 +4,7 @@ A list of names cannot prove that a pickle is harmless, and does not try to: wha
 model has a reason to import, before anything is built or run, and says which name it was, unless the uploader consents to such code.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,35 +143,49 @@ class Consent:
         return "if that is meant, upload it with --allow-code"
 
 
-def judge(facts: PickleFacts, known_roots: frozenset[str], consent: Consent = Consent()) -> tuple[Finding, ...]:
+def judge(
+    facts: PickleFacts,
+    known_roots: frozenset[str],
+    consent: Consent = Consent(),
+    *,
+    may_be_provided: bool = True,
+) -> tuple[Finding, ...]:
     """Return what there is to say of a pickle.
 
     Parameters
     ----------
     known_roots
-        Top-level packages that some requirement provides.
+        Top-level modules that some requirement provides, or that came with the artifact.
+    may_be_provided
+        There are requirements whose modules may have other names; without them, an unknown module will be missing.
     consent
         With it, what would be refused for the code that runs is a warning. Names that are in no file stay refused.
     """
     forbidden = {name: position for name, position in facts.globals.items() if name.module != "__main__" and is_forbidden(name)}
-    findings = [_of_the_script(name, position) for name, position in facts.globals.items() if name.module == "__main__"]
+    findings = [_of_the_script(name, position, consent) for name, position in facts.globals.items() if name.module == "__main__"]
     if consent.holds:
         findings += _consented(facts, forbidden)
     else:
         findings += _refused(facts, forbidden, consent)
     findings += _references(facts)
-    unknown = sorted(facts.roots - known_roots - STANDARD_ROOTS - FORBIDDEN_ROOTS - {"__main__"})
-    findings += [
-        warning(
-            "pickle.unknown_module",
-            f"the artifact imports '{root}', which no known package provides; name it in the requirements",
-            module=root,
-        )
-        for root in unknown
-    ]
+    unknown = sorted(facts.roots - known_roots - STANDARD_ROOTS - sys.stdlib_module_names - FORBIDDEN_ROOTS - {"__main__"})
+    findings += [_unknown(facts, root, may_be_provided, consent) for root in unknown]
     if facts.has_trailing_bytes:
         findings.append(warning("pickle.trailing_bytes", "bytes follow the end of the pickle; they are not read"))
     return tuple(findings)
+
+
+def _unknown(facts: PickleFacts, root: str, may_be_provided: bool, consent: Consent) -> Finding:
+    if may_be_provided:
+        message = f"the artifact imports '{root}', which no known package provides; name it in the requirements"
+        return warning("pickle.unknown_module", message, module=root)
+    named = next((f"{name.module}.{name.name}" for name in facts.globals if name.module.partition(".")[0] == root), root)
+    code = f"upload it with --code and the file or folder that has '{root}'; " if consent.permitted else ""
+    message = (
+        f"the artifact needs '{named}', and no known package provides '{root}'; if it is your own module, {code or 'put it in a package; '}"
+        "if it is a package's, name the package with --requirements"
+    )
+    return rejection("pickle.unknown_module", message, module=root)
 
 
 def _references(facts: PickleFacts) -> list[Finding]:
@@ -184,11 +199,14 @@ def _references(facts: PickleFacts) -> list[Finding]:
     return findings
 
 
-def _of_the_script(name: Global, position: int) -> Finding:
-    message = (
-        f"the artifact needs '{name.name}' from the script it was made by (__main__), which is not in the file; put it in a package, "
-        "or save the model with cloudpickle and upload it with --allow-code"
-    )
+def _of_the_script(name: Global, position: int, consent: Consent) -> Finding:
+    remedy = "put it in a package"
+    if consent.permitted:
+        remedy = (
+            f"move '{name.name}' to a module, say helpers.py, save the model again and upload it with --code helpers.py, "
+            "or save it with cloudpickle and upload it with --allow-code"
+        )
+    message = f"the artifact needs '{name.name}' from the script it was made by (__main__), which is not in the file; {remedy}"
     return rejection("pickle.training_script", message, module=name.module, name=name.name, position=position)
 
 

@@ -78,6 +78,17 @@ BRINGS = {
 }
 """Package -> the packages among ours that come with it."""
 
+_BRING_NOTHING_UNKNOWN = frozenset(BRINGS) | {
+    "numpy",
+    "joblib",
+    "threadpoolctl",
+    "cloudpickle",
+    "dill",
+    "six",
+    "pytz",
+    "python-dateutil",
+}
+
 _WHEELS_FOR_PYTHON_3_11_SINCE = Version("1.1.3")
 _NEWEST_PYTHON = ((Version("1.0.1"), "3.10"), (Version("0.24"), "3.9"), (Version("0.22"), "3.8"), (Version("0"), "3.7"))
 """First version of scikit-learn -> newest Python that it and the following have wheels for."""
@@ -104,9 +115,17 @@ def known_roots(given: Iterable[str] | None) -> frozenset[str]:
     return frozenset(PACKAGES) | {name.replace("-", "_") for name in _names(given)}
 
 
-def infer_for_pickle(facts: PickleFacts) -> NeededPackages:
-    """Infer what a pickle needs: the scikit-learn it was saved with, exactly; a NumPy of the right generation; the rest by name."""
-    packages = {PACKAGES[root] for root in facts.roots if root in PACKAGES}
+def may_provide(needed: Iterable[str], inferred: bool) -> bool:
+    """Tell whether packages may bring modules with names that are not known here: given ones, and those with dependencies of their own."""
+    return not inferred or not _names(needed) <= _BRING_NOTHING_UNKNOWN
+
+
+def infer_for_pickle(facts: PickleFacts, uses: frozenset[str] = frozenset()) -> NeededPackages:
+    """Infer what a pickle needs: the scikit-learn it was saved with, exactly; a NumPy of the right generation; the rest by name.
+
+    ``uses`` are the modules that code beside it imports.
+    """
+    packages = {PACKAGES[root] for root in facts.roots | uses if root in PACKAGES}
     if facts.uses_joblib:
         packages.add("joblib")
     if facts.sets_output or (facts.has_feature_names and _selects_columns(facts)):

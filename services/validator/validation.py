@@ -68,7 +68,10 @@ class TrialLimits:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One version to try: the interpreter of its environment, its file, and what its uploader said of it."""
+    """One version to try: the interpreter of its environment, its file, and what its uploader said of it.
+
+    ``files`` is the folder that the file is in, when it is one of a set; ``code`` that of the modules beside the model.
+    """
 
     python: Path
     artifact: Path
@@ -77,6 +80,8 @@ class Trial:
     signature: DeclaredSignature | None = None
     forbid_batching: bool = False
     limits: TrialLimits = field(default_factory=TrialLimits)
+    files: Path | None = None
+    code: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,8 @@ def _runner_spec(trial: Trial, folder: Path) -> RunnerSpec:
         cage=trial.limits.cage,
         start_timeout_s=trial.limits.load_s,
         signature=trial.signature,
+        files=trial.files,
+        code=trial.code,
     )
 
 

@@ -1,13 +1,17 @@
 """Copies of artifacts: verified each time, and fetched again when they are damaged."""
 
+import asyncio
 import hashlib
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from libs.artifacts.cache import ArtifactCache
+from libs.artifacts.cache import ArtifactCache, store_set
 from libs.artifacts.directory import DirectoryStore
-from libs.artifacts.store import ArtifactNotFoundError
+from libs.artifacts.manifest import File, Manifest
+from libs.artifacts.store import ArtifactCorruptError, ArtifactNotFoundError
 
 CONTENT = b"a model" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -50,3 +54,113 @@ async def test_a_copy_that_was_cut_off_is_fetched_again(cache):
 async def test_what_the_store_does_not_have_is_an_error(cache):
     with pytest.raises(ArtifactNotFoundError):
         await cache.ensure("0" * 64)
+
+
+FILES = {"model.pkl": b"a model", "data/a.bin": b"a" * 1000, "data/deep/b.bin": b"b"}
+
+
+@pytest.fixture
+async def files(tmp_path: Path) -> tuple[ArtifactCache, str, list[None]]:
+    store, root = DirectoryStore(tmp_path / "store"), tmp_path / "root"
+    for path, content in FILES.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    manifest = Manifest.of(File(path, hashlib.sha256(content).hexdigest(), len(content)) for path, content in FILES.items())
+    await store_set(store, manifest, root)
+    damaged: list[None] = []
+    return ArtifactCache(tmp_path / "cache", store, on_damaged=lambda: damaged.append(None)), manifest.sha256, damaged
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def test_a_set_is_a_folder_of_its_files(files):
+    cache, digest, damaged = files
+    folder = await cache.ensure_set(digest)
+    assert content_of(folder) == FILES
+    inode = (folder / "model.pkl").stat().st_ino
+    assert (await cache.ensure_set(digest) / "model.pkl").stat().st_ino == inode
+    assert damaged == []
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_bytes(b"")
+
+
+def become_a_file(path: Path) -> None:
+    shutil.rmtree(path.parent)
+    path.parent.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        Path.unlink,
+        link,
+        become_a_folder,
+        become_a_file,
+        lambda path: path.with_name("surplus.py").write_bytes(b""),
+        lambda path: path.with_name("surplus").mkdir(),
+        lambda path: os.mkfifo(path.with_name("pipe")),
+    ],
+)
+async def test_a_damaged_set_is_repaired_and_counted(files, damage, caplog):
+    cache, digest, damaged = files
+    folder = await cache.ensure_set(digest)
+    untouched, of_the_folder = (folder / "model.pkl").stat().st_ino, folder.stat().st_ino
+    damage(folder / "data" / "a.bin")
+    assert content_of(await cache.ensure_set(digest)) == FILES
+    assert not [path for path in folder.rglob("*") if path.is_symlink() or path.name in ("surplus", "pipe")]
+    assert ((folder / "model.pkl").stat().st_ino, folder.stat().st_ino) == (untouched, of_the_folder)
+    assert len(damaged) == 1
+    assert "are damaged" in caplog.text
+
+
+async def test_many_that_want_a_set_at_once_get_one(files):
+    cache, digest, damaged = files
+    folders = await asyncio.gather(*(cache.ensure_set(digest) for _ in range(8)))
+    assert len(set(folders)) == 1
+    assert content_of(folders[0]) == FILES
+    flip(folders[0] / "model.pkl")
+    await asyncio.gather(*(cache.ensure_set(digest) for _ in range(8)))
+    assert content_of(folders[0]) == FILES
+    assert len(damaged) == 1
+
+
+async def test_what_a_killed_process_left_is_not_taken_for_a_set(files, tmp_path):
+    cache, digest, _ = files
+    left = tmp_path / "cache" / ".building" / f"{digest}.files.0123"
+    left.mkdir(parents=True)
+    (left / "model.pkl").write_bytes(b"half")
+    assert content_of(await cache.ensure_set(digest)) == FILES
+    assert list((tmp_path / "cache" / ".building").iterdir()) == []
+
+
+async def test_a_set_with_a_file_that_the_store_lost_is_an_error_and_leaves_no_folder(files, tmp_path):
+    cache, digest, _ = files
+    await cache._store.delete(hashlib.sha256(b"b").hexdigest())
+    with pytest.raises(ArtifactNotFoundError):
+        await cache.ensure_set(digest)
+    assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")] == []
+
+
+async def test_what_is_no_manifest_is_damage(files):
+    cache, _, _ = files
+    with pytest.raises(ArtifactCorruptError, match="is no manifest"):
+        await cache.ensure_set(hashlib.sha256(b"a model").hexdigest())

@@ -116,8 +116,9 @@ def test_references_out_of_the_file_are_refused(tmp_path: Path) -> None:
 def test_a_class_of_the_training_script_is_explained(tmp_path: Path) -> None:
     inspection = inspect(written(b"\x80\x04c__main__\nMyModel\n)\x81.", tmp_path / "m"))
     assert inspection.reason == (
-        "the artifact needs 'MyModel' from the script it was made by (__main__), which is not in the file; put it in a package, "
-        "or save the model with cloudpickle and upload it with --allow-code"
+        "the artifact needs 'MyModel' from the script it was made by (__main__), which is not in the file; move 'MyModel' to a "
+        "module, say helpers.py, save the model again and upload it with --code helpers.py, or save it with cloudpickle and upload it with "
+        "--allow-code"
     )
 
 
@@ -175,11 +176,32 @@ def test_consent_does_not_count_where_the_platform_forbids_code(tmp_path: Path) 
     assert inspection.reason.endswith("; this platform does not accept code in models (VALIDATOR_ALLOW_CODE)")
 
 
-def test_an_unknown_module_is_a_warning_that_a_requirement_answers(tmp_path: Path) -> None:
-    path = written(b"\x80\x04cacme_models.trees\nForest\n)\x81.", tmp_path / "m")
-    assert [finding.rule for finding in inspect(path).findings] == ["pickle.unknown_module"]
-    assert inspect(path).accepted
+UNKNOWN = b"\x80\x04cacme_models.trees\nForest\n)\x81."
+
+
+def test_a_module_that_nobody_provides_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
+    path = written(UNKNOWN, tmp_path / "m")
+    assert inspect(path).reason == (
+        "the artifact needs 'acme_models.trees.Forest', and no known package provides 'acme_models'; if it is your own module, "
+        "upload it with --code and the file or folder that has 'acme_models'; if it is a package's, name the package with --requirements"
+    )
+    assert "--code" not in inspect(path, consent=Consent(permitted=False)).reason
+
+
+def test_given_requirements_may_provide_a_module_that_is_not_known(tmp_path: Path) -> None:
+    path = written(UNKNOWN, tmp_path / "m")
     assert inspect(path, requirements=["acme-models==1.0"]).findings == ()
+    inspection = inspect(path, requirements=["acme==1.0"])
+    assert (inspection.accepted, [finding.rule for finding in inspection.findings]) == (True, ["pickle.unknown_module"])
+
+
+def test_a_package_with_dependencies_of_its_own_may_bring_a_module_that_is_not_known(tmp_path: Path) -> None:
+    path = written(b"\x80\x04cspacy.language\nLanguage\ncthinc.model\nModel\n\x86.", tmp_path / "m")
+    assert inspect(path).accepted
+
+
+def test_modules_of_the_standard_library_need_nobody(tmp_path: Path) -> None:
+    assert inspect(written(b"\x80\x04cjson.decoder\nJSONDecoder\n)\x81.", tmp_path / "m")).findings == ()
 
 
 def test_an_array_whose_size_is_a_lie_does_not_hide_what_follows(tmp_path: Path) -> None:

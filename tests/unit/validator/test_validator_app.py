@@ -160,7 +160,7 @@ async def test_a_wrong_size_is_rejected(memory_broker: MemoryBroker, store: Memo
 async def test_text_that_no_event_can_carry_is_made_printable(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
     artifact = await stored(store, b"\x80\x04X\x05\x00\x00\x00os\xed\xa0\x80X\x03\x00\x00\x00a\nb\x93.")
     (fact,) = await said(memory_broker, store, tmp_path / "home", registered(artifact))
-    assert isinstance(fact, VersionInspected)
+    assert isinstance(fact, VersionRejected)
     assert "os\ufffd" in fact.findings[0].message
 
 
