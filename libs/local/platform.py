@@ -25,7 +25,7 @@ from libs.local import embedded, jaeger, kafka, processes, ray_head
 from libs.local.errors import AlreadyRunningError, KafkaUnavailableError, PartFailedError, PortTakenError
 from libs.local.home import Home
 from libs.local.settings import BrokerChoice, LocalSettings, inherited_environment
-from libs.local.supervisor import Event, Part, Running, State, Supervisor
+from libs.local.supervisor import Event, Listening, Part, Running, State, Supervisor
 from libs.settings import KafkaSettings
 
 SERVICES = ("registry", "validator", "builder", "serving", "streaming", "gateway")
@@ -359,6 +359,7 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
         after=(*after, "ray") if uses_ray and not settings.ray_address else after,
         announces=True,
         ports=_gateway_ports(settings) if name == "gateway" else (),
+        listens=_gateway_sockets(settings) if name == "gateway" else (),
         is_ready=(lambda: _is_healthy(settings)) if name == "gateway" else None,
         stop_timeout_s=15,
     )
@@ -366,6 +367,12 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
 
 def _gateway_ports(settings: LocalSettings) -> tuple[int, ...]:
     return (settings.http_port, settings.grpc_port) if settings.grpc_enabled else (settings.http_port,)
+
+
+def _gateway_sockets(settings: LocalSettings) -> tuple[Listening, ...]:
+    http = Listening("GATEWAY_HTTP_SOCKETS", settings.http_host, settings.http_port, settings.gateway_workers)
+    grpc = Listening("GATEWAY_GRPC_SOCKETS", settings.http_host, settings.grpc_port, settings.gateway_workers)
+    return (http, grpc) if settings.grpc_enabled else (http,)
 
 
 def _is_healthy(settings: LocalSettings) -> bool:

@@ -55,6 +55,9 @@ class LocalSettings(BaseSettings):
     grpc_enabled: bool = Field(
         True, validation_alias=AliasChoices("GATEWAY_GRPC_ENABLED"), description="Whether the gateway has a gRPC door."
     )
+    gateway_workers: int = Field(
+        1, ge=1, le=64, validation_alias=AliasChoices("GATEWAY_WORKERS"), description="Processes of the gateway that share its ports."
+    )
     http_host: str = Field(
         "127.0.0.1", validation_alias=AliasChoices("GATEWAY_HOST", "GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door."
     )

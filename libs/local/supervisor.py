@@ -6,8 +6,10 @@ the supervisor (``PR_SET_PDEATHSIG``), and their orphans become its children (``
 """
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +23,8 @@ from libs.local.errors import PartFailedError, PortTakenError
 READY_FILE_VARIABLE = "MILLRACE_READY_FILE"
 _POLL_S = 0.05
 _MAX_LOG_BYTES = 10 * 2**20
+_BACKLOG = 1_024
+"""Connections that may wait while a part restarts; the kernel's own bound (``net.core.somaxconn``) may be lower."""
 
 
 class State(StrEnum):
@@ -32,6 +36,19 @@ class State(StrEnum):
     EXITED = "exited"
     STOPPING = "stopping"
     STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Listening:
+    """An address that the supervisor listens on for a part, so that connections wait while the part restarts.
+
+    ``variable`` tells the part the descriptors of the ``count`` sockets, as a JSON list; several share the port (``SO_REUSEPORT``).
+    """
+
+    variable: str
+    host: str
+    port: int
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,8 @@ class Part:
         Asked again and again until it says True, after ``announces``; may block, runs in a thread. A MillraceError means: never.
     ports
         Loopback ports it will listen on; checked to be free before its first start.
+    listens
+        Sockets that are opened at its first start, are handed to each of its processes, and closed when it is stopped for good.
     stale_files
         Removed before every start.
     start_timeout_s, stop_timeout_s
@@ -71,6 +90,7 @@ class Part:
     announces: bool = False
     is_ready: Callable[[], bool] | None = None
     ports: tuple[int, ...] = ()
+    listens: tuple[Listening, ...] = ()
     stale_files: tuple[Path, ...] = ()
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 10.0
@@ -118,6 +138,7 @@ class Running:
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     lapsed: asyncio.Event = field(default_factory=asyncio.Event)
     process: asyncio.subprocess.Process | None = None
+    sockets: dict[str, list[socket.socket]] = field(default_factory=dict)
     restart_asked: bool = False
     log_offset: int = 0
 
@@ -281,6 +302,7 @@ class Supervisor:
             processes.INSTANCE_VARIABLE: self._instance,
             processes.PART_VARIABLE: part.name,
             READY_FILE_VARIABLE: str(self._ready_file(part)),
+            **_handed_over(running),
         }
         log = self._logs / f"{part.name}.log"
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
@@ -296,6 +318,7 @@ class Supervisor:
                     stdout=output,
                     stderr=output,
                     process_group=0,
+                    pass_fds=[each.fileno() for sockets in running.sockets.values() for each in sockets],
                     preexec_fn=processes.child_setup(),
                 )
         except OSError as error:
@@ -369,6 +392,10 @@ class Supervisor:
         for other in self.parts.values():
             if running.part.name in other.part.after:
                 await other.stopped.wait()
+        for sockets in running.sockets.values():
+            for each in sockets:
+                each.close()
+        running.sockets.clear()
         if running.process is not None:
             self._change(running, State.STOPPING)
             await self._end(running)
@@ -404,6 +431,41 @@ class Supervisor:
     def _reap(self) -> None:
         if not self._spawning:
             processes.reap_adopted(running.pid for running in self.parts.values() if running.pid is not None)
+
+
+def _handed_over(running: Running) -> dict[str, str]:
+    """The variables that tell a part its sockets; these are opened the first time.
+
+    Raises
+    ------
+    PortTakenError
+        Somebody else listens there by now.
+    """
+    for listening in running.part.listens:
+        if listening.variable not in running.sockets:
+            try:
+                running.sockets[listening.variable] = [_listen(listening) for _ in range(listening.count)]
+            except OSError as error:
+                address = f"{listening.host}:{listening.port}"
+                raise PortTakenError(f"{running.part.name} cannot listen on {address}: {error.strerror}; choose another port") from error
+    return {variable: json.dumps([each.fileno() for each in sockets]) for variable, sockets in running.sockets.items()}
+
+
+def _listen(listening: Listening) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        listening.host, listening.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    opened = socket.socket(family, kind, protocol)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listening.count > 1:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened.bind(address)
+        opened.listen(_BACKLOG)
+    except OSError:
+        opened.close()
+        raise
+    return opened
 
 
 def _ending(code: int) -> str:

@@ -5,9 +5,9 @@ import logging
 import resource
 import socket
 
-from libs.errors import ConfigurationError
 from services.gateway.health import Health
 from services.gateway.http import Application, Connections
+from services.gateway.listening import listener
 from services.gateway.memory import keep_freed_memory
 from services.gateway.settings import HttpSettings
 
@@ -18,7 +18,6 @@ BACKLOG = 1_024
 
 _KEEP_IDLE = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
 OPTIONS = (
-    (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, _KEEP_IDLE, 60),
@@ -75,11 +74,18 @@ class HttpServer:
     async def start(self) -> None:
         keep_freed_memory()
         allow_open_files(self._limits.max_connections + SPARE_FILES)
-        listener = self._listen()
-        self.port = listener.getsockname()[1]
+        opened = listener(
+            self._host,
+            self.port,
+            OPTIONS,
+            handed_over=self._limits.sockets,
+            reuse_port=self._reuse_port,
+            variable="GATEWAY_HTTP_PORT",
+        )
+        self.port = opened.getsockname()[1]
         loop = asyncio.get_running_loop()
         self.connections = Connections(self._application, self._limits, loop)
-        self._server = await loop.create_server(self.connections.make, sock=listener, backlog=BACKLOG)
+        self._server = await loop.create_server(self.connections.make, sock=opened, backlog=BACKLOG)
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -91,28 +97,6 @@ class HttpServer:
         self._server.close()
         self._server = None
         await self.connections.drain(self._drain_timeout_s)
-
-    def _listen(self) -> socket.socket:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                self._host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise ConfigurationError(f"the address {self._host!r} cannot be used: {error.strerror}") from error
-        try:
-            for level, option, value in OPTIONS:
-                listener.setsockopt(level, option, value)
-            if self._reuse_port:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(address)
-            listener.setblocking(False)
-        except OSError as error:
-            listener.close()
-            raise ConfigurationError(
-                f"cannot listen on {self._host}:{self.port}: {error.strerror}; set GATEWAY_HTTP_PORT to a port that is free"
-            ) from error
-        return listener
 
 
 def allow_open_files(wanted: int) -> None:

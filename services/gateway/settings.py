@@ -14,6 +14,11 @@ class HttpSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_HTTP_", frozen=True)
 
+    sockets: tuple[int, ...] = Field(
+        (),
+        description="Descriptors of sockets that listen on the port already, one for each worker, as a JSON list: who starts the gateway "
+        "holds them, so that connections wait while it restarts. Empty: it opens its own.",
+    )
     max_connections: int = Field(4_096, ge=1, description="Most connections at once; a further one is answered 503.")
     max_connections_per_client: int = Field(
         512,
@@ -58,6 +63,7 @@ class GrpcSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="GATEWAY_GRPC_", frozen=True)
 
     enabled: bool = Field(True, description="Whether there is a gRPC door.")
+    sockets: tuple[int, ...] = Field((), description="As GATEWAY_HTTP_SOCKETS, for this port.")
     port: int = Field(8081, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
     max_connections: int = Field(1_024, ge=1, description="Most connections at once; a further one is closed at once.")
     max_connections_per_client: int = Field(

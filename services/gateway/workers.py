@@ -1,4 +1,4 @@
-"""Several gateway processes on one port: the kernel spreads connections over them (``SO_REUSEPORT``)."""
+"""Several gateway processes on one port: the kernel spreads connections over their sockets (``SO_REUSEPORT``)."""
 
 import asyncio
 import logging
@@ -44,7 +44,8 @@ class Workers:
     async def _spawn(self, number: int) -> None:
         _ready_file(self._settings, number).unlink(missing_ok=True)  # one that was killed has left its own
         command = (sys.executable, "-m", "services.gateway", _WORKER_OPTION, str(number))
-        self._processes[number] = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
+        handed_over = (*self._settings.http.sockets, *self._settings.grpc.sockets)
+        self._processes[number] = await asyncio.create_subprocess_exec(*command, stdin=PIPE, pass_fds=handed_over)
 
     async def _until_ready(self, number: int) -> None:
         process, ready = self._processes[number], _ready_file(self._settings, number)
@@ -80,10 +81,12 @@ def worker_number(arguments: list[str]) -> int | None:
 
 
 def worker_settings(settings: Settings, number: int) -> Settings:
-    """What a worker runs with: its own place to say that it is ready, and its own name in consumer groups."""
+    """What a worker runs with: its own place to say that it is ready, its own name in consumer groups, its own sockets."""
     process = settings.process.model_copy(update={"ready_file": _ready_file(settings, number)})
     kafka = settings.kafka.model_copy(update={"group_instance": f"{settings.kafka.group_instance}-{number}"})
-    return settings.model_copy(update={"process": process, "kafka": kafka})
+    http = settings.http.model_copy(update={"sockets": settings.http.sockets[number : number + 1]})
+    grpc = settings.grpc.model_copy(update={"sockets": settings.grpc.sockets[number : number + 1]})
+    return settings.model_copy(update={"process": process, "kafka": kafka, "http": http, "grpc": grpc})
 
 
 def _ready_file(settings: Settings, number: int) -> Path:

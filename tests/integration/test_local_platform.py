@@ -26,7 +26,7 @@ from libs.local import platform
 from libs.local.settings import LocalSettings
 
 settings = LocalSettings.model_validate_json(sys.argv[1])
-plan = lambda *given: [part for part in platform.parts(*given) if part.name in ("broker", "topics")]
+plan = lambda *given: [part for part in platform.parts(*given) if part.name in sys.argv[2:]]
 platform.up(settings, lambda said: None, lambda status: print("ready", flush=True), plan)
 """
 
@@ -38,9 +38,10 @@ def settings(tmp_path: Path) -> Iterator[LocalSettings]:
     platform.down(settings)
 
 
-def start(settings: LocalSettings) -> "subprocess.Popen[str]":
-    """The broker and the topics of a platform, ready."""
-    process = subprocess.Popen([sys.executable, "-c", UP, settings.model_dump_json()], stdout=subprocess.PIPE, text=True)
+def start(settings: LocalSettings, *parts: str) -> "subprocess.Popen[str]":
+    """The broker and the topics of a platform, and further parts, ready."""
+    command = [sys.executable, "-c", UP, settings.model_dump_json(), "broker", "topics", *parts]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as said:
         assert said.readline() == "ready\n"
@@ -120,3 +121,58 @@ def test_kafka_listens_on_loopback_only_and_stays_small(settings: LocalSettings)
     assert "secret" not in json.dumps(found.as_dict())
     platform.down(settings)
     assert supervisor.wait(20) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_a_gateway_that_restarts_refuses_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, workers: int
+) -> None:
+    http_port, grpc_port = free_port(), free_port()
+    for name, value in {"GATEWAY_HTTP_PORT": http_port, "GATEWAY_GRPC_PORT": grpc_port, "GATEWAY_WORKERS": workers}.items():
+        monkeypatch.setenv(name, str(value))
+    settings = LocalSettings(home=tmp_path / "home", broker=BrokerChoice.EMBEDDED, kafka_port=free_port(), bootstrap_servers="")
+    supervisor = start(settings, "gateway")
+    answered: list[str] = []
+    longest_s = 0.0
+    done = asyncio.Event()
+
+    async def ask() -> None:
+        nonlocal longest_s
+        while not done.is_set():
+            began = time.monotonic()
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", http_port)
+                writer.write(b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+                answered.append((await reader.read()).split(b"\r\n")[0].decode())
+                writer.close()
+            except OSError as error:
+                answered.append(type(error).__name__)
+            longest_s = max(longest_s, time.monotonic() - began)
+
+    try:
+        askers = [asyncio.create_task(ask()) for _ in range(8)]
+        await asyncio.sleep(1.0)
+        before = gateway_of(settings)
+        assert before.pid is not None
+        os.kill(before.pid, number)
+        deadline = time.monotonic() + 60
+        while (now := gateway_of(settings)).restarts == 0 or now.state != "ready":
+            assert time.monotonic() < deadline, now
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
+        done.set()
+        await asyncio.gather(*askers)
+    finally:
+        platform.down(settings)
+    assert supervisor.wait(20) == 0
+    others = [answer for answer in answered if answer != "HTTP/1.1 200 OK"]
+    print(f"{number.name}, {workers} workers: {len(answered)} connections, {len(others)} broken, the longest took {longest_s:.1f} s")
+    assert "ConnectionRefusedError" not in others
+    assert len(others) <= (0 if number is signal.SIGTERM else 8), set(others)  # what a killed process held is lost
+
+
+def gateway_of(settings: LocalSettings) -> platform.PartStatus:
+    """The gateway as it is now."""
+    (gateway,) = (part for part in platform.status(settings).parts if part.name == "gateway")
+    return gateway

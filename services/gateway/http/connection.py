@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 HEAD, BODY, ANSWER, LINGER, CLOSED = range(5)
 NEVER = float("inf")
 
+NEW_WAIT_S = 1.0
+"""How long a connection that has brought no request yet may be silent while the server drains: it was taken, so it is answered."""
+
 TURN_REQUESTS = 32
 """Pipelined requests that are answered in one go; then other connections have their turn."""
 
@@ -149,7 +152,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         address = transport.get_extra_info("peername")
         self.client = address[:2] if isinstance(address, tuple) else None
-        self.deadline = self._home.now() + self._home.limits.first_byte_timeout_s
+        self.deadline = self._home.now() + (NEW_WAIT_S if self._home.is_draining else self._home.limits.first_byte_timeout_s)
         refusal = self._home.enter(self)
         if refusal is not None:
             self._refuse(refusal)
@@ -229,8 +232,12 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def drain(self) -> None:
-        """Take no further request: close now, or when what was begun has been answered."""
-        if self._phase == HEAD and not self._buffer and not self._is_write_paused:
+        """Take no further request: close now, or when what was begun has been answered. A new one may be about to bring its first."""
+        if self._phase != HEAD or self._buffer or self._is_write_paused:
+            return
+        if self._head is None:
+            self.deadline = min(self.deadline, self._home.now() + NEW_WAIT_S)
+        else:
             self._transport.close()
 
     def abort(self) -> None:

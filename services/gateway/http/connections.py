@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 """How often deadlines are looked at; one that passes in between is noticed so much later."""
 
+_ACCEPTED_S = 0.05
+"""In this time the event loop makes the connections that it has accepted."""
+
 SPARE_CONNECTIONS, SPARE_CONNECTIONS_PER_CLIENT = 256, 16
 """So many beyond the most may be told that there is no room; further ones are closed without a word."""
 
@@ -110,6 +113,7 @@ class Connections:
         self.is_draining = True
         for connection in list(self._all):
             connection.drain()
+        await asyncio.sleep(_ACCEPTED_S)
         await self._until_empty(timeout_s)
         if self._all or self.tasks:
             log.warning("%d requests were broken off: they took longer than %g s to end", len(self._all), timeout_s)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from grpc_health.v1 import health_pb2
 
-from libs.errors import ConfigurationError, DeadlineExceededError, MillraceError
+from libs.errors import DeadlineExceededError, MillraceError
 from libs.inference.oip_proto import open_inference_pb2
 from services.gateway.access import AccessControl
 from services.gateway.health import Health
 from services.gateway.http.connections import client_key
+from services.gateway.listening import listener
 from services.gateway.predictions import Handler
 from services.gateway.refusals import Refused, nobody
 from services.gateway.routes import Door, HttpRoute, Permission
@@ -142,9 +143,16 @@ class GrpcServer:
         return len(self._connections)
 
     async def start(self) -> None:
-        listener = self._listen()
-        self.port = listener.getsockname()[1]
-        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=listener, backlog=_BACKLOG)
+        opened = listener(
+            self._host,
+            self.port,
+            ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *_KEEPALIVE),
+            handed_over=self._settings.sockets,
+            reuse_port=self._reuse_port,
+            variable="GATEWAY_GRPC_PORT",
+        )
+        self.port = opened.getsockname()[1]
+        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=opened, backlog=_BACKLOG)
 
     async def run(self) -> None:
         """Close what is stalled or idle."""
@@ -198,27 +206,3 @@ class GrpcServer:
                 del self._per_client[key]
         if self._drained is not None and not self._connections:
             self._drained.set()
-
-    def _listen(self) -> socket.socket:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                self._host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise ConfigurationError(f"the address {self._host!r} cannot be used: {error.strerror}") from error
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self._reuse_port:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # An accepted socket takes these from its listener.
-            for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *_KEEPALIVE):
-                listener.setsockopt(*option)
-            listener.bind(address)
-            listener.setblocking(False)
-        except OSError as error:
-            listener.close()
-            raise ConfigurationError(
-                f"cannot listen on {self._host}:{self.port}: {error.strerror}; set GATEWAY_GRPC_PORT to a port that is free"
-            ) from error
-        return listener

@@ -10,7 +10,8 @@ from libs.errors import ConfigurationError
 from libs.local import processes
 from libs.local.errors import PartFailedError, PortTakenError
 from libs.local.home import Home
-from libs.local.supervisor import Backoff, Event, Part, State
+from libs.local.supervisor import Backoff, Event, Listening, Part, State
+from tests.conftest import free_port
 from tests.unit.local.conftest import ANNOUNCING, STUBBORN, make_supervisor, program, supervised
 
 
@@ -145,3 +146,42 @@ async def test_a_second_stop_kills_at_once(home: Home) -> None:
 def test_pauses_between_restarts_double_up_to_a_limit() -> None:
     backoff = Backoff(first_s=0.5, longest_s=30)
     assert [backoff.delay_s(failures) for failures in (1, 2, 3, 7, 10_000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
+
+
+ANSWERING = """
+import json, os, pathlib, socket
+taken = [socket.socket(fileno=descriptor) for descriptor in json.loads(os.environ["SOCKETS"])]
+pathlib.Path(os.environ["MILLRACE_READY_FILE"]).write_text(str(os.getpid()))
+while True:
+    taken[0].accept()[0].sendall(b"%d" % os.getpid())
+"""
+
+
+async def test_a_connection_that_comes_while_a_part_restarts_is_answered_by_the_next_process(home: Home) -> None:
+    port = free_port()
+
+    async def asked() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        pid = int(await reader.read())
+        writer.close()
+        return pid
+
+    async with supervised(home, [program("door", ANSWERING, listens=(Listening("SOCKETS", "127.0.0.1", port),))]) as run:
+        first = run.pid("door")
+        assert await asked() == first
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            assert [await asked() for _ in range(3)] == [run.pid("door")] * 3
+        assert run.pid("door") != first
+    with pytest.raises(ConnectionRefusedError):
+        await asked()
+
+
+async def test_a_part_whose_address_cannot_be_listened_on_does_not_start(home: Home) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        supervisor = make_supervisor(home, [program("door", listens=(Listening("SOCKETS", "127.0.0.1", port),))], lambda _: None)
+        with pytest.raises(PortTakenError, match=f"door cannot listen on 127.0.0.1:{port}"):
+            await supervisor.run(lambda: None)
