@@ -24,11 +24,15 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return when everything is ready; `millrace down` stops it.")] = False,
     broker: BrokerOption = None,
     home: HomeOption = None,
+    wait: Annotated[
+        float | None,
+        typer.Option("--wait", min=0, help="Longest wait for deployed endpoints to answer, in seconds; default 120."),
+    ] = None,
 ) -> None:
-    """Start the platform on this machine."""
+    """Start the platform on this machine; ready is when every part is and every deployed endpoint answers."""
     from libs.local import platform
 
-    settings = local_settings(home, broker)
+    settings = local_settings(home, broker, wait)
     progress = Progress()
     if detach:
         progress.all_ready(platform.up_detached(settings, progress), "`millrace down` stops it")
@@ -48,7 +52,7 @@ def down(home: HomeOption = None) -> None:
 
 
 def status(as_json: AsJson = False, home: HomeOption = None) -> None:
-    """Show the parts of the platform on this machine; exit 1 unless all are ready."""
+    """Show the parts and endpoints of the platform on this machine; exit 1 unless all parts are ready and all deployed endpoints answer."""
     from libs.local import platform
 
     found = platform.status(local_settings(home))
@@ -88,13 +92,13 @@ def demo(
     run(local_settings(home, broker), keep=keep)
 
 
-def local_settings(home: Path | None, broker: BrokerName | None = None) -> "LocalSettings":
+def local_settings(home: Path | None, broker: BrokerName | None = None, ready_timeout_s: float | None = None) -> "LocalSettings":
     """The environment's settings, overridden by what the command line says."""
     from libs.cli.settings import CliSettings
     from libs.local.settings import LocalSettings
     from libs.process import read_settings
 
-    given: dict[str, Any] = {"home": home or CliSettings().home, "broker": broker}
+    given: dict[str, Any] = {"home": home or CliSettings().home, "broker": broker, "ready_timeout_s": ready_timeout_s}
     return read_settings(lambda: LocalSettings(**{name: value for name, value in given.items() if value is not None}))
 
 
@@ -127,3 +131,12 @@ def _show_status(found: "PlatformStatus") -> None:
         for part in found.parts
     ]
     output.table(("part", "state", "pid", "up", "restarts", "memory", "ports", "detail"), rows)
+    if found.endpoints:
+        output.say()
+        output.table(
+            ("endpoint", "state", "why"),
+            [
+                (each.name, "ready" if each.is_ready else "waiting" if each.is_awaited else "not ready", each.reason)
+                for each in found.endpoints
+            ],
+        )

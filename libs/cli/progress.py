@@ -31,8 +31,9 @@ class Progress:
         sys.stdout.flush()
 
     def all_ready(self, status: "PlatformStatus", ending: str) -> None:
-        """Say that everything is ready, and where."""
-        output.say(f"ready in {output.duration(time.monotonic() - self._began)}: {status.gateway}  (API page at /docs; {ending})")
+        """Say that everything is ready, and where; or that endpoints are not."""
+        word = "ready" if status.is_ready else "up, but not ready,"
+        output.say(f"{word} in {output.duration(time.monotonic() - self._began)}: {status.gateway}  (API page at /docs; {ending})")
         sys.stdout.flush()
 
 

@@ -20,16 +20,19 @@ from typing import Any
 
 import psutil
 
+from libs import reports
 from libs.errors import MillraceError, TransientError
 from libs.local import embedded, jaeger, kafka, processes, ray_head
 from libs.local.errors import AlreadyRunningError, KafkaUnavailableError, PartFailedError, PortTakenError
 from libs.local.home import Home
 from libs.local.settings import BrokerChoice, LocalSettings, inherited_environment
 from libs.local.supervisor import Event, Listening, Part, Running, State, Supervisor
+from libs.reports import EndpointReport
 from libs.settings import KafkaSettings
 
 SERVICES = ("registry", "validator", "builder", "serving", "streaming", "gateway")
 _STOP_TIMEOUT_S = 60.0
+_LOOK_S = 0.2
 _EXIT_TIMEOUT_S = 10.0
 """How long a supervisor may take to exit that has given its lock up, or was killed."""
 
@@ -78,7 +81,11 @@ class PartStatus:
 
 @dataclass(frozen=True)
 class PlatformStatus:
-    """The platform of a home as it is now; ``leftovers`` counts processes of one whose supervisor is gone."""
+    """The platform of a home as it is now; ``leftovers`` counts processes of one whose supervisor is gone.
+
+    ``is_ready``: every part is, and every endpoint answers that shall. One that cannot by itself (its deployment failed, or nothing is
+    deployed) is shown among ``endpoints`` and keeps nothing from being ready.
+    """
 
     home: str
     is_running: bool
@@ -93,6 +100,7 @@ class PlatformStatus:
     memory_bytes: int = 0
     leftovers: int = 0
     parts: tuple[PartStatus, ...] = ()
+    endpoints: tuple[EndpointReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -115,7 +123,7 @@ def up(settings: LocalSettings, listener: Listener, on_ready: Callable[[Platform
     listener
         Is told of every change of a part and of everything the user should know; called in this thread.
     on_ready
-        Called once, when every part is ready.
+        Called once, when every part is ready and the deployed endpoints answer, or have not for ``ready_timeout_s``.
     plan
         What the platform consists of; ``parts`` unless given.
 
@@ -140,7 +148,7 @@ def up(settings: LocalSettings, listener: Listener, on_ready: Callable[[Platform
 
 
 def up_detached(settings: LocalSettings, listener: Listener) -> PlatformStatus:
-    """Start the platform in a session of its own; returns when every part is ready.
+    """Start the platform in a session of its own; returns when it is ready.
 
     Raises
     ------
@@ -195,12 +203,13 @@ def status(settings: LocalSettings) -> PlatformStatus:
     now = time.time()
     supervisor = [psutil.Process(pid)] if psutil.pid_exists(pid) else []
     rows = tuple(_part_status(row, processes.members_of_part(everything, row["name"]), now) for row in state["parts"])
+    are_known, endpoints = _endpoints(home, state["parts"])
     return PlatformStatus(
         home=str(home.root),
         is_running=True,
         pid=pid,
         uptime_s=now - state["started_at"],
-        is_ready=all(row.state == State.READY for row in rows),
+        is_ready=all(row.state == State.READY for row in rows) and are_known and not any(each.is_awaited for each in endpoints),
         gateway=state["gateway"],
         grpc=state.get("grpc", ""),
         bootstrap_servers=state["bootstrap_servers"],
@@ -208,7 +217,53 @@ def status(settings: LocalSettings) -> PlatformStatus:
         jaeger=state["jaeger"],
         memory_bytes=processes.memory_bytes({*everything, *supervisor}),
         parts=rows,
+        endpoints=endpoints,
     )
+
+
+def _endpoints(home: Home, rows: Sequence[Mapping[str, Any]]) -> tuple[bool, tuple[EndpointReport, ...]]:
+    """Whether it is known which endpoints answer, and which do; a platform without a gateway has none."""
+    gateway = next((row for row in rows if row["name"] == "gateway"), None)
+    if gateway is None:
+        return True, ()
+    if gateway["state"] != State.READY:
+        return False, ()
+    found = reports.read_endpoints(home.run / reports.ENDPOINTS_FILE)
+    return found is not None, tuple(found or ())
+
+
+async def _until_endpoints_answer(
+    settings: LocalSettings, home: Home, rows: Callable[[], Sequence[Mapping[str, Any]]], tell: Listener
+) -> None:
+    """Return when every endpoint answers that shall, or when that has lasted too long; says which do not."""
+    began = time.monotonic()
+    is_told = False
+    while True:
+        are_known, endpoints = _endpoints(home, rows())
+        silent = [each for each in endpoints if each.is_awaited]
+        if are_known and not silent:
+            break
+        if time.monotonic() - began >= settings.ready_timeout_s:
+            tell(Notice(_silent_sentence(silent, settings.ready_timeout_s)))
+            break
+        if silent and not is_told:
+            tell(Notice(f"waiting for {_count(silent)} to answer: {', '.join(each.name for each in silent)}"))
+            is_told = True
+        await asyncio.sleep(_LOOK_S)
+    for each in endpoints:
+        if not each.is_ready and not each.is_awaited:
+            tell(Notice(f"endpoint {each.name} does not answer: {each.reason}"))
+
+
+def _silent_sentence(silent: Sequence[EndpointReport], waited_s: float) -> str:
+    if not silent:
+        return f"the gateway has not said within {waited_s:g} s which endpoints answer; its log tells why"
+    which = "; ".join(f"{each.name}: {each.reason}" for each in silent)
+    return f"{_count(silent)} did not answer within {waited_s:g} s and may later: {which}"
+
+
+def _count(endpoints: Sequence[EndpointReport]) -> str:
+    return "1 endpoint" if len(endpoints) == 1 else f"{len(endpoints)} endpoints"
 
 
 def recover(home: Home, listener: Listener) -> None:
@@ -361,6 +416,7 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
         ports=_gateway_ports(settings) if name == "gateway" else (),
         listens=_gateway_sockets(settings) if name == "gateway" else (),
         is_ready=(lambda: _is_healthy(settings)) if name == "gateway" else None,
+        stale_files=(home.run / reports.ENDPOINTS_FILE,) if name == "gateway" else (),
         stop_timeout_s=15,
     )
 
@@ -435,6 +491,10 @@ async def _supervise(
         write_state()
         listener(event)
 
+    async def on_parts_ready() -> None:
+        await _until_endpoints_answer(settings, home, lambda: [_row(running) for running in supervisor.parts.values()], listener)
+        on_ready(await asyncio.to_thread(status, settings))
+
     supervisor = Supervisor(
         plan,
         instance=home.instance,
@@ -443,7 +503,7 @@ async def _supervise(
         environment=inherited_environment(),
         on_event=on_event,
     )
-    await supervisor.run(lambda: on_ready(status(settings)))
+    await supervisor.run(on_parts_ready)
 
 
 def _row(running: Running) -> dict[str, Any]:

@@ -61,6 +61,12 @@ class LocalSettings(BaseSettings):
     http_host: str = Field(
         "127.0.0.1", validation_alias=AliasChoices("GATEWAY_HOST", "GATEWAY_HTTP_HOST"), description="Address of the gateway's HTTP door."
     )
+    ready_timeout_s: float = Field(
+        120.0,
+        ge=0,
+        validation_alias=AliasChoices("MILLRACE_READY_TIMEOUT_S"),
+        description="Longest wait of `up` for deployed endpoints to answer once every part is ready, in seconds.",
+    )
     otlp_endpoint: str = Field(
         "",
         validation_alias=AliasChoices("OTEL_EXPORTER_OTLP_ENDPOINT"),

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -197,8 +197,8 @@ class Supervisor:
                 self._kill_group(running)
         self._stop_asked.set()
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
-        """Start everything, call ``on_ready`` once when all parts are, and stay until ``stop``; then stop everything.
+    async def run(self, on_ready: Callable[[], Awaitable[None]]) -> None:
+        """Start everything, await ``on_ready`` once when all parts are, and stay until ``stop``; then stop everything.
 
         Raises
         ------
@@ -243,10 +243,10 @@ class Supervisor:
                         "stop it or choose another port"
                     )
 
-    async def _all_ready(self, on_ready: Callable[[], None]) -> None:
+    async def _all_ready(self, on_ready: Callable[[], Awaitable[None]]) -> None:
         for running in self.parts.values():
             await running.ready.wait()
-        on_ready()
+        await on_ready()
 
     async def _keep(self, running: Running) -> None:
         failures = 0

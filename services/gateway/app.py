@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from libs import artifacts
+from libs import artifacts, reports
 from libs.artifacts import ArtifactStore
 from libs.inference.pool import RunnerPool
 from libs.inference.spans import RunnerSpans, runner_spans
@@ -21,6 +21,7 @@ from libs.metrics.exposition import Exposition
 from schemas.operations import PredictionAccepted, PredictionEnded
 from schemas.topics import COMMANDS, DLQ, EVENTS, OPERATIONS, STATE
 from services.gateway.access import access_control
+from services.gateway.answering import Answering
 from services.gateway.api import create_api
 from services.gateway.asynchronous import PAUSES, AsyncLimits, AsyncPredictions
 from services.gateway.batching import BatchLimits
@@ -152,6 +153,7 @@ def build(
             pauses=Retry(settings.webhook_first_pause_s, longest_s=_LONGEST_WEBHOOK_PAUSE_S),
             grace_s=_WEBHOOK_GRACE_S,
         ),
+        *([Answering(catalog, pool, settings.process.home / "run" / reports.ENDPOINTS_FILE)] if PROCESS.worker in ("", "0") else []),
         *([grpc] if grpc is not None else []),
         server,
     )

@@ -79,8 +79,11 @@ async def supervised(home: Home, parts: Sequence[Part]) -> AsyncIterator[Run]:
         events.append(event)
         changed.set()
 
+    async def on_ready() -> None:
+        ready.set()
+
     supervisor = make_supervisor(home, parts, on_event)
-    running = asyncio.create_task(supervisor.run(ready.set))
+    running = asyncio.create_task(supervisor.run(on_ready))
     waiting = asyncio.create_task(ready.wait())
     await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if running.done():

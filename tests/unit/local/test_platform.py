@@ -10,15 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from libs import reports
 from libs.local import platform, processes
 from libs.local.errors import AlreadyRunningError, PortTakenError
 from libs.local.home import Home
 from libs.local.platform import Broker, BrokerKind
 from libs.local.settings import BrokerChoice, LocalSettings
 from libs.local.supervisor import Event, State
+from libs.reports import EndpointReport
 
 SERVICE = """
-import http.server, os, pathlib
+import http.server, json, os, pathlib, time
 
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -27,6 +29,10 @@ class Healthy(http.server.BaseHTTPRequestHandler):
 
 port = int(os.environ["GATEWAY_HTTP_PORT"]) if os.environ["MILLRACE_PART"] == "gateway" else 0
 server = http.server.HTTPServer(("127.0.0.1", port), Healthy)
+if os.environ["MILLRACE_PART"] == "gateway":
+    said = pathlib.Path(os.environ["MILLRACE_HOME"]) / "run" / "endpoints.json"
+    rows = json.loads(os.environ.get("TEST_ENDPOINTS", "[]"))
+    said.write_text(json.dumps({"pid": os.getpid(), "written_at": time.time(), "rows": rows}))
 pathlib.Path(os.environ["MILLRACE_READY_FILE"]).write_text(str(os.getpid()))
 server.serve_forever()
 """
@@ -132,13 +138,15 @@ def test_a_detached_up_hands_on_why_it_failed(settings: LocalSettings) -> None:
     assert not platform.status(settings).is_running
 
 
-def test_a_detached_up_returns_when_everything_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalSettings:
+    """A whole platform whose services are tiny programs."""
     for name in platform.SERVICES:
         (tmp_path / "services" / name).mkdir(parents=True)
         (tmp_path / "services" / name / "__main__.py").write_text(SERVICE)
     (tmp_path / "services" / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    settings = LocalSettings(
+    return LocalSettings(
         home=tmp_path / "home",
         broker=BrokerChoice.EMBEDDED,
         bootstrap_servers="",
@@ -148,6 +156,36 @@ def test_a_detached_up_returns_when_everything_is_ready(tmp_path: Path, monkeypa
         http_port=_free_port(),
         grpc_port=_free_port(),
     )
+
+
+def test_up_waits_for_deployed_endpoints_a_while_and_says_which_do_not_answer(
+    pretended: LocalSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = {"name": "broken", "is_ready": False, "is_awaited": False, "reason": "m@1: failed (out of memory)"}
+    silent = {"name": "cancer", "is_ready": False, "is_awaited": True, "reason": "m@2: no runner answers (refused)"}
+    monkeypatch.setenv("TEST_ENDPOINTS", json.dumps([failed, silent]))
+    said: list[str] = []
+    settings = pretended.model_copy(update={"ready_timeout_s": 1.0})
+    try:
+        found = platform.up_detached(settings, lambda each: said.append(each.text) if isinstance(each, platform.Notice) else None)
+        assert all(part.state == State.READY for part in found.parts)
+        assert not found.is_ready
+        assert said[1:] == [
+            "waiting for 1 endpoint to answer: cancer",
+            "1 endpoint did not answer within 1 s and may later: cancer: m@2: no runner answers (refused)",
+            "endpoint broken does not answer: m@1: failed (out of memory)",
+        ]
+        reports.write(Home.at(settings.home).run / reports.ENDPOINTS_FILE, [EndpointReport("broken", is_ready=False, reason="failed")])
+        assert platform.status(settings).is_ready
+        assert [each.name for each in platform.status(settings).endpoints] == ["broken"]
+        (Home.at(settings.home).run / reports.ENDPOINTS_FILE).unlink()
+        assert not platform.status(settings).is_ready, "nobody says which endpoints answer"
+    finally:
+        platform.down(settings)
+
+
+def test_a_detached_up_returns_when_everything_is_ready(pretended: LocalSettings) -> None:
+    settings = pretended
     ready: list[str] = []
     try:
         found = platform.up_detached(

@@ -121,7 +121,7 @@ async def test_a_taken_port_is_named_with_its_holder_before_anything_starts(home
         events: list[Event] = []
         supervisor = make_supervisor(home, [program("log"), program("gateway", ports=(port,))], events.append)
         with pytest.raises(PortTakenError, match=rf"gateway cannot listen on 127\.0\.0\.1:{port}: process {os.getpid()} "):
-            await supervisor.run(lambda: None)
+            await supervisor.run(asyncio.Event().wait)
     assert events == []
 
 
