@@ -1,5 +1,6 @@
 """``millrace up``, ``down``, ``status``, ``doctor`` and ``demo``: the platform on this machine."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,6 +132,13 @@ def _show_status(found: "PlatformStatus") -> None:
         for part in found.parts
     ]
     output.table(("part", "state", "pid", "up", "restarts", "memory", "ports", "detail"), rows)
+    for part in found.parts:
+        if part.last_error:
+            ago = f"{output.duration(max(0.0, time.time() - part.failed_at))} ago" if part.failed_at is not None else "once"
+            output.say(f"\n{part.name}: {part.restarts} restarts; last error, {ago}: {part.last_error}")
+    for stream in found.failing_streams:
+        where = "nothing in hand" if stream.partition is None else f"partition {stream.partition} offset {stream.offset}"
+        output.say(f"\nthe stream of {stream.endpoint} fails at {where} ({stream.failures} times): {stream.cause}")
     if found.endpoints:
         output.say()
         output.table(

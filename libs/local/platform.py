@@ -27,10 +27,11 @@ from libs.local.errors import AlreadyRunningError, KafkaUnavailableError, PartFa
 from libs.local.home import Home
 from libs.local.settings import BrokerChoice, LocalSettings, inherited_environment
 from libs.local.supervisor import Event, Listening, Part, Running, State, Supervisor
-from libs.reports import EndpointReport
+from libs.reports import EndpointReport, StreamReport
 from libs.settings import KafkaSettings
 
 SERVICES = ("registry", "validator", "builder", "serving", "streaming", "gateway")
+_REPORTS = {"gateway": reports.ENDPOINTS_FILE, "streaming": reports.STREAMS_FILE}
 _STOP_TIMEOUT_S = 60.0
 _LOOK_S = 0.2
 _EXIT_TIMEOUT_S = 10.0
@@ -67,7 +68,10 @@ Plan = Callable[[LocalSettings, Home, Broker, jaeger.Jaeger | None], list[Part]]
 
 @dataclass(frozen=True)
 class PartStatus:
-    """A part as it is now. Memory is the proportional set size of all its processes."""
+    """A part as it is now. Memory is the proportional set size of all its processes.
+
+    ``last_error`` and ``failed_at`` (seconds since the epoch) tell of the last time that it ended unasked, also when it is back.
+    """
 
     name: str
     state: str
@@ -77,6 +81,8 @@ class PartStatus:
     memory_bytes: int
     ports: tuple[int, ...]
     detail: str
+    last_error: str = ""
+    failed_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class PlatformStatus:
     leftovers: int = 0
     parts: tuple[PartStatus, ...] = ()
     endpoints: tuple[EndpointReport, ...] = ()
+    failing_streams: tuple[StreamReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -218,6 +225,7 @@ def status(settings: LocalSettings) -> PlatformStatus:
         memory_bytes=processes.memory_bytes({*everything, *supervisor}),
         parts=rows,
         endpoints=endpoints,
+        failing_streams=tuple(reports.read_streams(home.run / reports.STREAMS_FILE)),
     )
 
 
@@ -416,7 +424,7 @@ def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[
         ports=_gateway_ports(settings) if name == "gateway" else (),
         listens=_gateway_sockets(settings) if name == "gateway" else (),
         is_ready=(lambda: _is_healthy(settings)) if name == "gateway" else None,
-        stale_files=(home.run / reports.ENDPOINTS_FILE,) if name == "gateway" else (),
+        stale_files=(home.run / _REPORTS[name],) if name in _REPORTS else (),
         stop_timeout_s=15,
     )
 
@@ -514,6 +522,8 @@ def _row(running: Running) -> dict[str, Any]:
         "started_at": running.started_at,
         "restarts": running.restarts,
         "detail": running.detail,
+        "last_error": running.last_error,
+        "failed_at": running.failed_at,
     }
 
 
@@ -527,6 +537,8 @@ def _part_status(row: Mapping[str, Any], members: Sequence[psutil.Process], now:
         memory_bytes=processes.memory_bytes(members),
         ports=tuple(processes.listening_ports(members)),
         detail=row["detail"],
+        last_error=row.get("last_error", ""),
+        failed_at=row.get("failed_at"),
     )
 
 

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from libs.local import processes
 from libs.local.errors import PartFailedError, PortTakenError
+from libs.local.last_error import last_error
 
 READY_FILE_VARIABLE = "MILLRACE_READY_FILE"
 _POLL_S = 0.05
 _MAX_LOG_BYTES = 10 * 2**20
 _BACKLOG = 1_024
 """Connections that may wait while a part restarts; the kernel's own bound (``net.core.somaxconn``) may be lower."""
+_LAST_LINES, _LAST_BYTES = 500, 65_536
 
 
 class State(StrEnum):
@@ -126,7 +128,7 @@ class Backoff:
 
 @dataclass
 class Running:
-    """What the supervisor knows of a part right now."""
+    """What the supervisor knows of a part right now; ``last_error`` and ``failed_at`` tell of its last end that nobody asked for."""
 
     part: Part
     state: State = State.WAITING
@@ -134,6 +136,8 @@ class Running:
     started_at: float | None = None
     restarts: int = 0
     detail: str = ""
+    last_error: str = ""
+    failed_at: float | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     lapsed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -271,13 +275,14 @@ class Supervisor:
                 self._change(running, State.WAITING, "restarts with what it depends on")
                 running.restarts += 1
                 continue
+            running.last_error, running.failed_at = self._last_error(running, reason), time.time()
             failures = 1 if time.monotonic() - began > self._backoff.stable_s else failures + 1
             if not was_ready and failures >= self._attempts:
                 await self._give_up(running, reason)
             if running.part.restarts_dependents and was_ready:
                 self._restart_dependents(running)
             delay_s = self._backoff.delay_s(failures)
-            self._change(running, State.EXITED, f"{reason}; restarting in {delay_s:g} s")
+            self._change(running, State.EXITED, f"{running.last_error}; restarting in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             running.restarts += 1
 
@@ -409,6 +414,14 @@ class Supervisor:
         log = self._logs / f"{running.part.name}.log"
         lines = processes.last_lines(log, running.log_offset)
         return PartFailedError(f"{running.part.name} does not start: {reason}; its log is {log}", lines)
+
+    def _last_error(self, running: Running, reason: str) -> str:
+        """How a part ended, and what its log says of it; one that was killed had no time to say anything."""
+        if not running.part.argv or reason == _ending(-signal.SIGKILL):
+            return reason
+        lines = processes.last_lines(self._logs / f"{running.part.name}.log", running.log_offset, _LAST_LINES, _LAST_BYTES)
+        said = last_error(lines, running.part.name)
+        return f"{reason}: {said}" if said else reason
 
     def _change(self, running: Running, state: State, detail: str = "") -> None:
         running.state = state

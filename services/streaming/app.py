@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from libs import artifacts
+from libs import artifacts, reports
 from libs.artifacts import ArtifactStore
 from libs.inference.pool import RunnerPool
 from libs.inference.spans import RunnerSpans, runner_spans
@@ -19,6 +19,7 @@ from services.streaming.adapters import KafkaStreamLog
 from services.streaming.answering import AnswerParts
 from services.streaming.claims import Claims
 from services.streaming.log import StreamLog, StreamLogs
+from services.streaming.reporting import Reporting
 from services.streaming.settings import Settings
 from services.streaming.state import State
 from services.streaming.streams import CreateTopics, StreamParts, Streams
@@ -53,4 +54,5 @@ def build(
         is_traced=spans is not None or bool(settings.telemetry.otel_exporter_otlp_endpoint),
     )
     follower = Follower(broker or KafkaBroker(settings.kafka), [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
-    return [follower, Streams(StreamParts(state, logs or stream_log, topics or create, answering, settings.stream_limits))]
+    streams = Streams(StreamParts(state, logs or stream_log, topics or create, answering, settings.stream_limits))
+    return [follower, Reporting(settings.process.home / "run" / reports.STREAMS_FILE, streams.failing), streams]

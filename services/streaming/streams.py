@@ -31,6 +31,7 @@ from libs.metrics.definitions import (
     STREAM_RECORD_SECONDS,
     STREAM_RECORDS,
 )
+from libs.reports import StreamReport
 from schemas.topics import Topic, inference_requests, inference_results
 from services.streaming.answering import SERVICE, Answerer, AnswerParts
 from services.streaming.batches import Item, Pace
@@ -56,6 +57,8 @@ _ANSWERED_CHUNKS = 4
 """Chunks that may wait for the transaction before theirs; they share the next. What a transaction costs hardly depends on its size."""
 
 _LOWEST_LIMIT_BYTES = 64 * 1024
+
+_LONGEST_CAUSE = 300
 
 CreateTopics = Callable[[Sequence[Topic]], Awaitable[None]]
 
@@ -99,6 +102,11 @@ class Streams:
     def is_ready(self) -> bool:
         """Whether a stream advances, or there is none: the service can do its work as long as one of them can."""
         return self._is_started and (not self._streams or any(not stream.is_failing for stream, _ in self._streams.values()))
+
+    def failing(self) -> list[StreamReport]:
+        """The streams that have failed and have not advanced since, by endpoint."""
+        failures = (stream.failure for _, (stream, _) in sorted(self._streams.items()))
+        return [failure for failure in failures if failure is not None]
 
     async def start(self) -> None:
         self._pool.open()
@@ -157,8 +165,8 @@ class Stream:
 
     Attributes
     ----------
-    is_failing
-        Whether it has failed and has not advanced since: nothing was committed, and something waits.
+    failure
+        What failed last, and where, while it has not advanced since: nothing was committed, and something waits.
     """
 
     def __init__(self, endpoint_name: str, parts: StreamParts) -> None:
@@ -172,8 +180,13 @@ class Stream:
         self._figures = _Figures(endpoint_name, parts.metrics)
         # Small requests can have large answers.
         self._pace = Pace(parts.limits.chunk_records, parts.limits.chunk_bytes)
-        self.is_failing = False
+        self.failure: StreamReport | None = None
         self._uncommitted: dict[int, range] = {}
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether it has failed and has not advanced since."""
+        return self.failure is not None
 
     async def run(self) -> None:
         """Answer records until stopped; what was not committed is read again by whoever comes next.
@@ -216,7 +229,14 @@ class Stream:
 
     def _failed(self, error: BaseException, delay_s: float) -> None:
         """Say what failed, and where."""
-        self.is_failing = True
+        before = self.failure
+        partition, offset = (None, None) if before is None else (before.partition, before.offset)
+        if self._uncommitted:
+            partition = min(self._uncommitted)
+            offset = self._uncommitted[partition].start
+        cause = str(error) if isinstance(error, TransientError) else f"{type(error).__name__}: {error}"
+        count, since = (1, time.time()) if before is None else (before.failures + 1, before.since)
+        self.failure = StreamReport(self._endpoint_name, partition, offset, cause[:_LONGEST_CAUSE], count, since)
         self._figures.failed()
         places = ", ".join(f"partition {number} offsets {part.start} to {part.stop - 1}" for number, part in self._uncommitted.items())
         where = f"{self._requests}, {places or 'with nothing in hand'}"
@@ -227,7 +247,7 @@ class Stream:
             log.error("a bug: streaming %s failed and begins anew in %.1f s: %r", where, delay_s, error, exc_info=error)
 
     def _advances(self) -> None:
-        self.is_failing = False
+        self.failure = None
         self._figures.failing.value = 0
 
     async def _session(self) -> None:

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from libs.local.errors import PortTakenError
 from libs.local.platform import DownReport, Notice, PartStatus, PlatformStatus
 from libs.local.settings import BrokerChoice, LocalSettings
 from libs.local.supervisor import Event, State
+from libs.reports import EndpointReport, StreamReport
 from tests.unit.cli.conftest import Run
 
 READY = PlatformStatus(
@@ -107,6 +110,26 @@ def test_status_shows_every_part(replace: Replace, run: Run) -> None:
     assert outcome.exit_code == 0
     assert outcome.out.splitlines()[-1].split() == ["gateway", "ready", "8", "1", "min", "10", "s", "1", "1.0", "MiB", "8080"]
     assert json.loads(run("status", "--json").out)["parts"][0]["name"] == "gateway"
+
+
+def test_status_shows_last_errors_failing_streams_and_endpoints(replace: Replace, run: Run) -> None:
+    part = PartStatus("gateway", "ready", 8, 70.0, 4, 2**20, (8080,), "", "it ended with exit code 1: ValueError: no", time.time() - 120)
+    found = dataclasses.replace(
+        READY,
+        is_ready=False,
+        parts=(part,),
+        endpoints=(EndpointReport("cancer", is_ready=False, is_awaited=True, reason="cancer@1: no runner answers"),),
+        failing_streams=(StreamReport("shop", 3, 17, "TypeError: a bug", 69, 1.0),),
+    )
+    replace(status=lambda _: found)
+    outcome = run("status")
+    assert outcome.exit_code == 1
+    assert "gateway: 4 restarts; last error, 2 min 0 s ago: it ended with exit code 1: ValueError: no" in outcome.out
+    assert "the stream of shop fails at partition 3 offset 17 (69 times): TypeError: a bug" in outcome.out
+    assert outcome.out.splitlines()[-1].split(maxsplit=2) == ["cancer", "waiting", "cancer@1: no runner answers"]
+    shown = json.loads(run("status", "--json").out)
+    assert shown["parts"][0]["last_error"] == "it ended with exit code 1: ValueError: no"
+    assert (shown["failing_streams"][0]["offset"], shown["endpoints"][0]["is_awaited"]) == (17, True)
 
 
 def test_status_of_a_platform_that_does_not_run_fails_and_says_how_to_start_it(replace: Replace, run: Run) -> None:

@@ -43,6 +43,24 @@ async def test_a_part_killed_by_kill_9_is_restarted(home: Home) -> None:
         assert "SIGKILL" in (await run.until_said("service", State.EXITED)).detail
 
 
+async def test_the_last_error_of_a_part_is_kept_when_it_is_back(home: Home) -> None:
+    once = (
+        f"import os\nif not os.path.exists('done'):\n    open('done', 'w').close()\n    raise ValueError('the disk is full')\n{ANNOUNCING}"
+    )
+    moved = f"import os; os.chdir(os.path.dirname(os.environ['MILLRACE_READY_FILE']))\n{once}"
+    async with supervised(home, [program("service", moved)]) as run:
+        row = run.supervisor.parts["service"]
+        assert (row.state, row.restarts) == (State.READY, 1)
+        assert row.last_error == "it ended with exit code 1: ValueError: the disk is full"
+        assert row.failed_at is not None
+        assert (await run.until_said("service", State.EXITED)).detail.startswith(
+            "it ended with exit code 1: ValueError: the disk is full; rest"
+        )
+        os.kill(run.pid("service"), signal.SIGKILL)
+        await run.until_said("service", State.READY, 2)
+        assert row.last_error == "it was ended by SIGKILL"
+
+
 async def test_what_depends_on_a_volatile_part_is_restarted_with_it(home: Home) -> None:
     parts = [
         program("broker", restarts_dependents=True),

@@ -3,7 +3,7 @@
 from libs.artifacts import MemoryStore
 from libs.inference.spans import RunnerSpans
 from libs.messaging.memory import MemoryBroker
-from libs.settings import RunnerSettings
+from libs.settings import ProcessSettings, RunnerSettings
 from schemas.registry import EndpointSnapshot
 from services.streaming.app import build
 from services.streaming.memory import MemoryStreamLog
@@ -23,7 +23,7 @@ async def test_a_record_is_answered_by_the_components_as_they_are_built(tmp_path
         created.extend(topic.name for topic in topics)
 
     components = build(
-        Settings(runner=RunnerSettings(key_file=tmp_path / "key"), metrics_port=0),
+        Settings(runner=RunnerSettings(key_file=tmp_path / "key"), process=ProcessSettings(home=tmp_path), metrics_port=0),
         broker=broker,
         logs=lambda endpoint_name: MemoryStreamLog(broker, endpoint_name),
         topics=create,

@@ -12,16 +12,17 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from libs import telemetry
+from libs import reports, telemetry
 from libs.inference import v2_grpc
 from libs.inference.requests import InferRequest
 from libs.inference.spans import RunnerSpans
 from libs.messaging.records import Record
 from libs.metrics.definitions import STREAM_FAILING, STREAM_FAILURES, STREAM_IN_FLIGHT, STREAM_LAG, STREAM_RECORDS
+from libs.reports import StreamReport
 from schemas.inference import InferenceResult
 from schemas.registry import EndpointSnapshot, Replica
 from schemas.topics import DLQ, STATE_ENDPOINTS, inference_requests, inference_results
-from services.streaming import answering, streams
+from services.streaming import answering, reporting, streams
 from services.streaming.answering import AnswerLimits
 from services.streaming.batches import Item
 from services.streaming.errors import SessionLostError
@@ -783,9 +784,15 @@ async def test_a_stream_that_fails_is_alone_in_it(world, run, monkeypatch, caplo
         await world.until(lambda: len(world.broker.records(CAFE_RESULTS)) == 10)
         assert components[1].is_ready()
         assert is_failing.value == 1 or method == "lags"
+        if method == "commit":
+            (said,) = components[1].failing()
+            assert (said.endpoint, said.partition, said.offset) == ("shop", 0, 0)
+            assert str(error) in said.cause
+            assert said.failures >= 3
         broken.clear()
         assert predicted(await world.results(5)) == list(range(5))
         await world.until(lambda: is_failing.value == 0)
+        assert components[1].failing() == []
     assert len(world.broker.records(RESULTS)) == 5
     assert world.metrics.counter(STREAM_FAILURES, "cafe").value == 0
     assert str(error) in caplog.text
@@ -819,3 +826,13 @@ async def test_a_stream_with_nothing_left_to_do_fails_no_longer(world, run, monk
         await world.until(lambda: world.logs and not components[1].is_ready())
         broken.clear()
         await world.until(components[1].is_ready)
+
+
+async def test_failing_streams_are_written_down_until_they_advance(tmp_path, world, run, monkeypatch):
+    monkeypatch.setattr(reporting, "LOOK_S", 0.01)
+    path, failing_now = tmp_path / "run" / "streams.json", [StreamReport("shop", 3, 17, "TypeError: a bug", 2, 1.0)]
+    async with run([reporting.Reporting(path, lambda: failing_now)]):
+        assert reports.read_streams(path) == [StreamReport("shop", 3, 17, "TypeError: a bug", 2, 1.0)]
+        failing_now.clear()
+        await world.until(lambda: path.exists() and not reports.read_streams(path))
+    assert not path.exists()
