@@ -27,6 +27,13 @@ class NothingDeployedError(NotReadyError):
     """The endpoint exists and nothing is deployed to it: nobody will answer before somebody deploys."""
 
 
+class UnknownEndpointError(NotFoundError):
+    """There is no endpoint of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no endpoint {name!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """A choice: the deployment, and its live replicas in the order to try them."""
@@ -48,7 +55,7 @@ class RoutingTable:
     --------
     >>> RoutingTable().pick("cancer", random=0.5)
     Traceback (most recent call last):
-    libs.errors.NotFoundError: there is no endpoint 'cancer'
+    libs.inference.routing.UnknownEndpointError: there is no endpoint 'cancer'
     """
 
     def __init__(self) -> None:
@@ -96,7 +103,7 @@ class RoutingTable:
         """
         endpoint = self._endpoints.get(endpoint_name)
         if endpoint is None:
-            raise NotFoundError(f"there is no endpoint {endpoint_name!r}")
+            raise UnknownEndpointError(endpoint_name)
         found = (self._deployments.get(deployment_id) for deployment_id in endpoint.deployment_ids)
         return [deployment for deployment in found if deployment is not None and deployment.status is not DeploymentStatus.REMOVING]
 

@@ -41,6 +41,7 @@ from services.gateway.recorder import ledger_directory, recorder_from_settings
 from services.gateway.rpc.server import GrpcServer, methods
 from services.gateway.server import HttpServer
 from services.gateway.settings import Settings
+from services.gateway.statistics import StatisticsDoor
 from services.gateway.tracing import tracing
 from services.gateway.webhooks import WebhookLimits, Webhooks
 
@@ -85,11 +86,12 @@ def build(
     pool = RunnerPool(settings.runner.key_file, spans or runner_spans(settings.telemetry))
     metrics = Metrics()
     recorder = recorder_from_settings(settings, catalog, broker, metrics, clock)
-    shared = SharedMetrics(ledger_directory(settings.process.home), recorder.instance, metrics)
+    shared = SharedMetrics(ledger_directory(settings.process.home), recorder.instance, metrics, recorder.statistics)
     dataplane = DataPlane(catalog, pool, recorder, data_plane_limits(settings))
     recorder.watch_lanes(lambda: dataplane.lanes)
     management = Management(catalog, journal, commander, store, health, settings.command_wait_s, settings.artifacts.max_bytes)
-    handlers = _handlers(settings, catalog, health)
+    statistics = StatisticsDoor(catalog, recorder.statistics, shared.others_statistics)
+    handlers = {**_handlers(settings, catalog, health), **statistics.handlers()}
     reads = _reads(settings, catalog)
     operations = Operations(clock, settings.async_operations, settings.async_kept_bytes)
     hosts = [host.strip() for host in settings.webhook_hosts.split(",") if host.strip()]

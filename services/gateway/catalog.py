@@ -4,7 +4,7 @@ import logging
 from collections import OrderedDict
 
 from libs.errors import MillraceError, NotFoundError
-from libs.inference.routing import RoutingTable
+from libs.inference.routing import RoutingTable, UnknownEndpointError
 from libs.messaging import cloudevents
 from libs.messaging.records import Record
 from schemas.base import Payload
@@ -94,7 +94,7 @@ class Catalog:
     def endpoint(self, name: str) -> EndpointSnapshot:
         """The endpoint of that name; raises ``NotFoundError``."""
         if name not in self.endpoints:
-            raise NotFoundError(f"there is no endpoint {name!r}")
+            raise UnknownEndpointError(name)
         return self.endpoints[name]
 
     def deployments_of(self, endpoint_name: str) -> list[DeploymentSnapshot]:

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from libs.errors import MillraceError
 from libs.inference.errors import ModelError
 from libs.inference.routing import NothingDeployedError
-from services.gateway.errors import MethodNotAllowedError
+from services.gateway.errors import MethodNotAllowedError, v2_message
 from services.gateway.exchange import Outgoing, json_answer
 
 _GOOGLE_CODES: Mapping[int, str] = {
@@ -69,7 +69,8 @@ def error_answer(error: MillraceError, path: bytes | str) -> Outgoing:
     status = int(error.http_status)
     headers = tuple(_headers(error, status))
     segments = _segments(path)
-    message = error.message if error.message.isascii() else error.message.encode("utf-8", "replace").decode()
+    message = v2_message(error) if segments[0] == "v2" else error.message
+    message = message if message.isascii() else message.encode("utf-8", "replace").decode()
     if _is_google(segments):
         if isinstance(error, NothingDeployedError):
             return json_answer(_google(message, 400, "FAILED_PRECONDITION"), 400)

@@ -16,6 +16,12 @@ from collections.abc import Sequence
 from http import HTTPStatus
 
 from libs.errors import MillraceError, NotReadyError, TransientError
+from libs.inference.routing import UnknownEndpointError
+
+
+def v2_message(error: MillraceError) -> str:
+    """What V2 says of an error: of an endpoint that does not exist it begins as Triton's does, by which its clients know it."""
+    return f"Request for unknown model: {error.message}" if isinstance(error, UnknownEndpointError) else error.message
 
 
 class ForbiddenError(MillraceError):

@@ -4,9 +4,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -15,6 +16,7 @@ from libs.metrics.exposition import Exposition
 from libs.metrics.instruments import Sample, as_document, from_document
 from services.gateway.exchange import Incoming, Outgoing
 from services.gateway.predictions import Handler
+from services.gateway.statistics import Document
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +46,18 @@ class SharedMetrics:
 
     Whichever worker a scrape happens to reach, the numbers are those of all, up to a second old. ``process_*`` are the answering worker's.
     A worker that is started again writes to the file of the one whose place it takes.
+
+    Parameters
+    ----------
+    statistics
+        What is told of deployments beside the metrics.
     """
 
-    def __init__(self, directory: Path, instance: str, metrics: Metrics) -> None:
+    def __init__(self, directory: Path, instance: str, metrics: Metrics, statistics: Callable[[], Mapping[str, Document]] = dict) -> None:
         self._directory = directory
         self._path = directory / f"metrics-{PROCESS.worker or instance}.json"
         self._metrics = metrics
+        self._statistics = statistics
 
     async def start(self) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -67,12 +75,23 @@ class SharedMetrics:
         """Show the others what was counted up to now."""
         partial = self._path.with_suffix(".partial")
         try:
-            partial.write_bytes(orjson.dumps(as_document([*self._metrics.samples(), *PROCESS.samples()])))
+            samples = as_document([*self._metrics.samples(), *PROCESS.samples()])
+            partial.write_bytes(orjson.dumps({"samples": samples, "statistics": self._statistics()}))
             partial.replace(self._path)
         except OSError as error:
             log.warning("the other workers do not see this one's metrics: %s", error)
 
     def others(self) -> Iterable[Sample]:
+        """What the other workers have counted."""
+        for path, document in self._written():
+            yield from from_document(document["samples"], path.stem.removeprefix("metrics-"))
+
+    def others_statistics(self) -> Iterable[Mapping[str, Document]]:
+        """The statistics of the other workers, each for itself."""
+        for _, document in self._written():
+            yield document["statistics"]
+
+    def _written(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """What the other workers have written. This one writes too: what it has just shown, no other may show less of a moment later."""
         if PROCESS.worker:
             self.write()
@@ -84,4 +103,6 @@ class SharedMetrics:
                 if path.stat().st_mtime < oldest:
                     path.unlink()
                 else:
-                    yield from from_document(orjson.loads(path.read_bytes()), path.stem.removeprefix("metrics-"))
+                    document = orjson.loads(path.read_bytes())
+                    if isinstance(document, dict):  # an earlier release wrote a list
+                        yield path, document

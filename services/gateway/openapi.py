@@ -128,6 +128,7 @@ _V2 = _predicts(
 _V2_MODEL = _told("V2", "What an endpoint takes and gives.", "V2Model", errors=(404, 503))
 _V2_READY = _told("V2", "Whether an endpoint answers.", "V2Ready", errors=(404,), also={503: "NotReady"})
 _V2_CONFIG = _told("V2", "The same in the words of Triton's model configuration.", "V2Config", errors=(404, 503))
+_V2_STATS = _told("V2", "How many requests and executions there were, and what they took (Triton's statistics).", "V2Stats", errors=(404,))
 _V2_SERVER = _told("V2", "Name, version and extensions of the server.", "V2Server")
 _GOOGLE: Mapping[str, Any] = {"error": "GoogleError"}
 _VERTEX = _predicts("Vertex AI", "Predict.", {JSON: "VertexRequest"}, {JSON: "VertexResponse"}, errors=_TYPED, **_GOOGLE)
@@ -177,6 +178,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v2/models/{model}/versions/{version}/infer"): _V2,
     ("GET", "/v2/models/{model}/config"): _V2_CONFIG,
     ("GET", "/v2/models/{model}/versions/{version}/config"): _V2_CONFIG,
+    ("GET", "/v2/models/stats"): _told("V2", "The statistics of every version at every endpoint.", "V2Stats"),
+    ("GET", "/v2/models/{model}/stats"): _V2_STATS,
+    ("GET", "/v2/models/{model}/versions/{version}/stats"): _V2_STATS,
     ("POST", "/v2/repository/index"): _told("V2", "Every version at every endpoint.", "V2Index", takes={JSON: "V2IndexRequest"}),
     ("POST", "/v2/repository/models/{model}/load"): _told("V2", "Whether what is deployed answers.", errors=(404, 503)),
     ("POST", "/v2/repository/models/{model}/unload"): _told("V2", "Refused: deployments say what is loaded.", errors=(404, 409)),

@@ -57,6 +57,28 @@ _MLFLOW_FORMS: Mapping[str, Schema] = {
     "dataframe_records": {**_list(_OBJECT), "minItems": 1},
 }
 
+_COUNT = {"type": "integer", "minimum": 0}
+_TOOK = _object("count ns", count=_COUNT, ns=_COUNT)
+_COMPUTED = {"compute_input": _TOOK, "compute_infer": _TOOK, "compute_output": _TOOK}
+_STATS = _object(
+    "name version last_inference inference_count execution_count inference_stats batch_stats",
+    name=_STRING,
+    version=_STRING,
+    last_inference={**_COUNT, "description": "When the last request came, in milliseconds since 1970; 0: none did."},
+    inference_count={**_COUNT, "description": "Rows of requests with success."},
+    execution_count={**_COUNT, "description": "Batches that the model has answered."},
+    inference_stats=_object(
+        "success fail queue compute_input compute_infer compute_output",
+        success=_TOOK,
+        fail=_TOOK,
+        queue=_TOOK,
+        **_COMPUTED,
+        cache_hit=_TOOK,
+        cache_miss=_TOOK,
+    ),
+    batch_stats=_list(_object("batch_size compute_input compute_infer compute_output", batch_size=_COUNT, **_COMPUTED)),
+)
+
 SCHEMAS: Mapping[str, Schema] = {
     "Error": _object("error", error=_STRING),
     "GoogleError": _object("error", error=_object("code message status", code={"type": "integer"}, message=_STRING, status=_STRING)),
@@ -105,6 +127,7 @@ SCHEMAS: Mapping[str, Schema] = {
     ),
     "V2Ready": _object("name ready", name=_STRING, ready={"const": True}),
     "V2Config": _object("name platform backend max_batch_size input output", name=_STRING, platform=_STRING, backend=_STRING),
+    "V2Stats": _object("model_stats", model_stats=_list(_STATS)),
     "V2IndexRequest": _object(ready={"type": "boolean", "description": "Only versions that answer."}),
     "V2Index": _list(_object("name version state reason", name=_STRING, version=_STRING, state=_STRING, reason=_STRING)),
     "VertexRequest": _object("instances", instances=_ROWS, parameters={"type": ["object", "null"]}),

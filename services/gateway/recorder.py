@@ -47,6 +47,7 @@ from services.gateway.predictions import Outcome, Protocol
 from services.gateway.recovery import Recovery
 from services.gateway.request_metrics import PROTOCOLS, RequestMetrics, error_kind
 from services.gateway.settings import Settings
+from services.gateway.statistics import Document
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class Recorder:
         kept = self._log_of(batch)
         instruments = kept.instruments
         instruments.batches_in_flight.value -= 1
-        instruments.answered.append((batch.rows, batch.answered_s - batch.sent_s, batch.model_s))
+        instruments.answered.append((batch.rows, batch.answered_s - batch.sent_s, batch.model_s, error is None))
         if error is not None:
             instruments.batch_error(error)
             if error.retryable or len(batch.members) > 1:
@@ -474,6 +475,11 @@ class Recorder:
         self._metrics.gauge(metric.GATEWAY_INSTANCE, self.instance).value = 1
         self._metrics.watch(metric.LOG_QUEUE_BYTES, lambda: [((), self._writer.queued_bytes)])
         self._metrics.watch(metric.REQUESTS_IN_FLIGHT, self._in_flight)
+
+    def statistics(self) -> dict[str, Document]:
+        """Triton's statistics by deployment id, as they are now."""
+        self._settle_counts()
+        return {deployment_id: kept.instruments.statistics.document() for deployment_id, kept in self._logs.items()}
 
     def _settle_counts(self) -> None:
         for kept in self._all_logs():

@@ -1,5 +1,7 @@
 """What is counted of the requests and batches of one deployment."""
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +11,7 @@ from libs.metrics import definitions as metric
 from libs.predictions.records import OUTCOMES
 from services.gateway.prediction_log import Rows
 from services.gateway.predictions import Protocol
+from services.gateway.statistics import Statistics
 
 PROTOCOLS = tuple(Protocol)
 """The protocol that a code in a row stands for."""
@@ -20,7 +23,10 @@ class RequestMetrics:
     Attributes
     ----------
     answered
-        Batches that have been answered and not been counted: rows, seconds, and seconds inside the model (0: it failed).
+        Batches that have been answered and not been counted: rows, seconds, seconds inside the model (0: it failed), and whether
+        they came to something.
+    statistics
+        The same requests and batches in the words of Triton's statistics.
     """
 
     def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
@@ -28,7 +34,8 @@ class RequestMetrics:
         self._labels = labels
         self._ended: dict[int, Counter] = {}
         self._batches: dict[str, Counter] = {}
-        self.answered: list[tuple[float, float, float]] = []
+        self.answered: list[tuple[float, float, float, bool]] = []
+        self.statistics = Statistics()
         self.rows = metrics.counter(metric.REQUEST_ROWS, *labels)
         self.request_bytes = metrics.counter(metric.REQUEST_BYTES, *labels)
         self.response_bytes = metrics.counter(metric.RESPONSE_BYTES, *labels)
@@ -63,16 +70,18 @@ class RequestMetrics:
         _observe(self.request_s, rows["ended_s"] - rows["accepted_s"])
         sent = rows[rows["sent_s"] > 0]
         _observe(self.queue_s, sent["sent_s"] - sent["queued_s"])
+        self.statistics.count_requests(rows, time.time() - time.monotonic())
 
     def count_batches(self) -> None:
         """Count the batches that have been answered."""
         if not self.answered:
             return
-        rows, seconds, model_s = np.array(self.answered).T
+        rows, seconds, model_s, is_good = np.array(self.answered).T
         self.answered.clear()
         _observe(self.batch_rows, rows)
         _observe(self.batch_s, seconds)
         _observe(self.model_s, model_s[model_s > 0])
+        self.statistics.count_executions(rows[is_good > 0], model_s[is_good > 0])
 
     def _outcome(self, code: int) -> Counter:
         counter = self._ended.get(code)

@@ -13,9 +13,10 @@ OIP = "Open Inference Protocol, REST"
 GRPC = "Open Inference Protocol, gRPC"
 BINARY = "Binary Tensor Data Extension"
 REPOSITORY = "Model Repository Extension"
+STATISTICS = "Statistics Extension"
 V1 = "V1 Inference Protocol"
 HTTP = "HTTP (RFC 9110)"
-GROUPS = (OIP, BINARY, REPOSITORY, HTTP, GRPC, V1)
+GROUPS = (OIP, BINARY, REPOSITORY, STATISTICS, HTTP, GRPC, V1)
 """Specifications, in the order of the table."""
 
 

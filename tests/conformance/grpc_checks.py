@@ -373,6 +373,20 @@ def repository_index(subject: Subject) -> None:
     expect(states.get(subject.model) == "READY", f"{states}")
 
 
+@check("grpc.statistics", SHOULD, GRPC, "ModelStatistics (Triton)")
+def statistics(subject: Subject) -> None:
+    """`ModelStatistics` has the model alone when it is named, and among all when none is; an unknown one ends with NOT_FOUND."""
+    said = _ask(subject, "ModelStatistics", oip.ModelStatisticsRequest(name=subject.model), oip.ModelStatisticsResponse)
+    if said.code is StatusCode.UNIMPLEMENTED:
+        raise NotApplicable("the server has no ModelStatistics")
+    names = [each.name for each in _ok(said).model_stats]
+    expect(names == [subject.model], f"of {names}")
+    said = _ask(subject, "ModelStatistics", b"", oip.ModelStatisticsResponse)
+    expect(subject.model in [each.name for each in _ok(said).model_stats], "not among all")
+    said = _ask(subject, "ModelStatistics", oip.ModelStatisticsRequest(name="no-such-model"), oip.ModelStatisticsResponse)
+    expect(said.code in (StatusCode.NOT_FOUND, StatusCode.INVALID_ARGUMENT), f"an unknown model ends with {said.code.name}")
+
+
 @check("grpc.health", SHOULD, GRPC, "GRPC Health Checking Protocol")
 def health(subject: Subject) -> None:
     """`grpc.health.v1.Health/Check` of the whole server tells SERVING, and of an unknown service NOT_FOUND."""

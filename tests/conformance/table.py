@@ -20,7 +20,7 @@ python -m tests.conformance --url http://127.0.0.1:8080 --model cancer --version
 
 The checks are written from the published specifications, not from what one server does: the Open Inference Protocol (`inference_rest.md`,
 `open_inference_rest.yaml`, `open_inference_grpc.proto`), KServe's Binary Tensor Data Extension and V1 Inference Protocol, Triton's Model
-Repository Extension, and HTTP itself (RFC 9110). MUST is what a specification demands, or what follows from it; SHOULD is
+Repository and Statistics Extensions, and HTTP itself (RFC 9110). MUST is what a specification demands, or what follows from it; SHOULD is
 what it advises, or what clients in use rely on. "–" means that there is nothing to try out: the server or the model does not have it.
 """
 

@@ -7,9 +7,23 @@ Repository Extension"; RFC 9110, section 8.4 ("Content-Encoding").
 """
 
 import json
+import time
 from collections.abc import Callable
+from typing import Any
 
-from tests.conformance.checks import BINARY, HTTP, OIP, REPOSITORY, Level, NotApplicable, check, expect, expect_ok, expect_refusal
+from tests.conformance.checks import (
+    BINARY,
+    HTTP,
+    OIP,
+    REPOSITORY,
+    STATISTICS,
+    Level,
+    NotApplicable,
+    check,
+    expect,
+    expect_ok,
+    expect_refusal,
+)
 from tests.conformance.subject import DTYPES, HEAD_LENGTH, Subject, agree, binary_input, compressed, same
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -505,3 +519,70 @@ def load_unknown(subject: Subject) -> None:
     answer = subject.http.post(f"/v2/repository/models/{_NOBODY}/load", json={})
     expect_refusal(answer)
     expect(answer.status_code < 500, f"answers {answer.status_code}")
+
+
+_STATISTICS_S = 3.0
+"""Servers of several processes may take so long until all of them know."""
+
+
+def _statistics(subject: Subject, path: str) -> list[dict[str, Any]]:
+    if "statistics" not in subject.http.get("/v2").json().get("extensions", []):
+        raise NotApplicable("the server does not announce the extension")
+    found = expect_ok(subject.http.get(f"/v2/models{path}/stats")).json()["model_stats"]
+    return [each for each in found if each["name"] == subject.model]
+
+
+@check("statistics.model", MUST, STATISTICS, "Statistics Response JSON Object")
+def statistics_form(subject: Subject) -> None:
+    """`GET v2/models/{m}/stats` tells counts and durations of the model: whole numbers, of which none is negative."""
+    (told,) = _statistics(subject, f"/{subject.model}")
+    numbers = [told[name] for name in ("last_inference", "inference_count", "execution_count")]
+    parts = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+    durations = [told["inference_stats"][part] for part in parts]
+    for batch in told["batch_stats"]:
+        numbers.append(batch["batch_size"])
+        durations += [batch[part] for part in parts[3:]]
+    numbers += [number for each in durations for number in (each["count"], each["ns"])]
+    expect(all(type(number) is int and number >= 0 for number in numbers), f"numbers are {numbers}")
+
+
+@check("statistics.counts", MUST, STATISTICS, "Statistics Response JSON Object")
+def statistics_counts(subject: Subject) -> None:
+    """A request of three rows is one success and three inferences, and one that fails is a failure."""
+    (before,) = _statistics(subject, f"/{subject.model}")
+    expect_ok(subject.infer({"inputs": subject.json_inputs(3)}))
+    expect_refusal(subject.infer({"inputs": subject.json_inputs(), "outputs": [{"name": "no-such-output"}]}))
+    deadline = time.monotonic() + _STATISTICS_S
+    while True:
+        (after,) = _statistics(subject, f"/{subject.model}")
+        more = {part: after["inference_stats"][part]["count"] - before["inference_stats"][part]["count"] for part in ("success", "fail")}
+        more["inferences"] = after["inference_count"] - before["inference_count"]
+        if more == {"success": 1, "fail": 1, "inferences": 3}:
+            break
+        expect(time.monotonic() < deadline, f"counts {more}")
+        time.sleep(0.1)
+    expect(after["execution_count"] > before["execution_count"], "no execution is counted")
+    expect(after["last_inference"] >= before["last_inference"], "the last inference is earlier than before")
+    expect(after["inference_stats"]["success"]["ns"] > before["inference_stats"]["success"]["ns"], "it took no time")
+
+
+@check("statistics.all", MUST, STATISTICS, "HTTP/REST")
+def statistics_of_all(subject: Subject) -> None:
+    """`GET v2/models/stats` has the model among all."""
+    expect(len(_statistics(subject, "")) >= 1, "the model is not there")
+
+
+@check("statistics.version", MUST, STATISTICS, "HTTP/REST")
+def statistics_of_version(subject: Subject) -> None:
+    """`GET v2/models/{m}/versions/{v}/stats` is of that version only."""
+    if subject.version is None:
+        raise NotApplicable("the model has no versions")
+    versions = [each["version"] for each in _statistics(subject, f"/{subject.model}/versions/{subject.version}")]
+    expect(versions == [subject.version], f"versions are {versions}")
+
+
+@check("statistics.unknown", MUST, STATISTICS, "Statistics Response JSON Error Object")
+def statistics_of_nobody(subject: Subject) -> None:
+    """Statistics of an unknown model are an HTTP error with an object that has an `error` string."""
+    _statistics(subject, f"/{subject.model}")
+    expect_refusal(subject.http.get(f"/v2/models/{_NOBODY}/stats"))

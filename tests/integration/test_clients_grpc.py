@@ -161,7 +161,7 @@ async def test_triton_s_client_streams_and_a_bad_request_ends_nothing(world: Wor
     expected = iris().predict(ROWS).tolist()
     assert out["labels"] == [None if index % 100 == 99 else expected[index % 50] for index in range(500)]
     assert out["ids"] == [str(index) for index in range(500) if index % 100 != 99]
-    assert out["errors"] == ["there is no endpoint 'nobody'"] * 5
+    assert out["errors"] == ["Request for unknown model: there is no endpoint 'nobody'"] * 5
 
 
 async def test_triton_s_client_sends_and_gets_text(world: World) -> None:
@@ -198,7 +198,9 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     out["name"] = told(lambda: client.infer("iris", [tensor(), tensor(name="x")]))
     out["shape"] = told(lambda: client.infer("iris", [tensor(rows[:, :3])]))
     out["output"] = told(lambda: client.infer("iris", [tensor()], outputs=[triton.InferRequestedOutput("x")]))
-    out["config"] = told(lambda: client.get_model_config("iris"))
+    out["config"] = client.get_model_config("iris", as_json=True)["config"]
+    out["statistics"] = [client.get_inference_statistics(name, as_json=True) for name in ("", "iris")]
+    out["shared_memory"] = told(lambda: client.get_system_shared_memory_status())
     """,
     )
     assert out["live"] == out["ready"] == [True, True]
@@ -207,14 +209,16 @@ async def test_triton_s_client_learns_what_there_is(world: World) -> None:
     assert out["model"]["inputs"] == [{"name": "input", "datatype": "FP64", "shape": ["-1", "4"]}]
     assert out["model"]["versions"] == ["1"]
     assert [(entry["name"], entry["state"]) for entry in out["index"]["models"]] == [("iris", "READY"), ("spam", "READY")]
-    statuses = {name: out[name][0].removeprefix("StatusCode.") for name in ("load", "unload", "unknown", "version", "config")}
+    statuses = {name: out[name][0].removeprefix("StatusCode.") for name in ("load", "unload", "unknown", "version", "shared_memory")}
     assert statuses == {
         "load": "NOT_FOUND",
         "unload": "FAILED_PRECONDITION",
         "unknown": "NOT_FOUND",
         "version": "NOT_FOUND",
-        "config": "UNIMPLEMENTED",
+        "shared_memory": "UNIMPLEMENTED",
     }
+    assert out["config"]["input"] == [{"name": "input", "data_type": "TYPE_FP64", "dims": ["4"]}]
+    assert [[each["name"] for each in told["model_stats"]] for told in out["statistics"]] == [["iris", "spam"], ["iris"]]
     assert [out[name][0] for name in ("name", "shape", "output")] == ["StatusCode.INVALID_ARGUMENT"] * 3
     assert out["shape"][1] == "input 'input' expects shape [-1, 4], got [50, 3]"
 
@@ -262,7 +266,7 @@ async def test_kserve_s_client_predicts_typed_and_raw(world: World) -> None:
     assert out["typed"] == [expected, "k1", "1"]
     assert out["raw"] == [expected, "k2"]
     assert out["text"] == ["spam", "ham"]
-    assert out["unknown"] == ["NOT_FOUND", "there is no endpoint 'nobody'"]
+    assert out["unknown"] == ["NOT_FOUND", "Request for unknown model: there is no endpoint 'nobody'"]
     assert out["bad"] == ["INVALID_ARGUMENT", "input 'input' expects shape [-1, 4], got [1, 2]"]
 
 

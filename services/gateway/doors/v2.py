@@ -24,7 +24,7 @@ from services.gateway.exchange import Incoming, Outgoing, json_answer
 from services.gateway.health import Health
 from services.gateway.predictions import Ask, Handler, Prediction, Protocol, Read, Target
 
-EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration")
+EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
 _BINARY = b"application/octet-stream"
 _STATES = {DeploymentStatus.PENDING: "LOADING", DeploymentStatus.REMOVING: "UNLOADING", DeploymentStatus.FAILED: "UNAVAILABLE"}
 

@@ -18,7 +18,7 @@ from opentelemetry.trace import Span
 
 from libs.errors import DeadlineExceededError, InvalidArgumentError, MillraceError, OverloadedError
 from services.gateway.access import AccessControl, Principal
-from services.gateway.errors import ClientGoneError, InternalError
+from services.gateway.errors import ClientGoneError, InternalError, v2_message
 from services.gateway.routes import HttpRoute
 from services.gateway.rpc import framing, spans
 from services.gateway.rpc.hpack import encode
@@ -194,7 +194,7 @@ def refuse(stream: Stream, path: str, request_id: str, error: MillraceError) -> 
 
 def _error(error: MillraceError, request_id: str) -> list[tuple[bytes, bytes]]:
     status = status_of(error)
-    fields = [(b"grpc-status", b"%d" % status), (b"grpc-message", framing.told(error.message)), (b"x-request-id", request_id.encode())]
+    fields = [(b"grpc-status", b"%d" % status), (b"grpc-message", framing.told(v2_message(error))), (b"x-request-id", request_id.encode())]
     if status is Status.UNIMPLEMENTED:
         fields.append(_ACCEPTED)
     if error.retryable:

@@ -17,6 +17,7 @@ from libs.inference.oip_proto import open_inference_pb2 as oip
 from services.gateway.batching import Pending
 from services.gateway.doors import grpc_oip
 from services.gateway.doors.headers import timeout_ms
+from services.gateway.errors import v2_message
 from services.gateway.exchange import Incoming, Outgoing
 from services.gateway.predictions import Ask, Caller, Done, Handler, Protocol
 from services.gateway.refusals import Refused, nobody, reason_of
@@ -124,6 +125,23 @@ class InferenceService:
         asked = _parsed(oip.ModelMetadataRequest, message)
         return _as(oip.ModelMetadataResponse(), await self._ask("/v2/models/{model}", asked.name, asked.version))
 
+    async def model_config(self, message: bytes) -> bytes:
+        """The same in the words of Triton's model configuration."""
+        asked = _parsed(oip.ModelConfigRequest, message)
+        answer = await self._ask("/v2/models/{model}/config", asked.name, asked.version)
+        return ParseDict({"config": orjson.loads(answer.body)}, oip.ModelConfigResponse()).SerializeToString()
+
+    async def statistics(self, message: bytes) -> bytes:
+        """How many requests and executions there were at an endpoint, or at all, and what they took."""
+        asked = _parsed(oip.ModelStatisticsRequest, message)
+        if asked.name:
+            answer = await self._ask("/v2/models/{model}/stats", asked.name, asked.version)
+        elif asked.version:
+            raise InvalidInputError("the request names a version and no model")
+        else:
+            answer = await self._told["GET", "/v2/models/stats"](Incoming({}, {}))
+        return _as(oip.ModelStatisticsResponse(), answer)
+
     async def index(self, message: bytes) -> bytes:
         """All endpoints and versions."""
         asked = _parsed(oip.RepositoryIndexRequest, message)
@@ -225,7 +243,7 @@ class _Place:
 def _streamed(request: oip.ModelInferRequest | None, result: Outgoing | MillraceError) -> bytes:
     """A ``ModelStreamInferResponse``; one that tells an error names the request all the same."""
     if isinstance(result, MillraceError):
-        response = oip.ModelStreamInferResponse(error_message=result.message or type(result).__name__)
+        response = oip.ModelStreamInferResponse(error_message=v2_message(result) or type(result).__name__)
         if request is not None:
             response.infer_response.id = request.id
             response.infer_response.model_name = request.model_name

@@ -66,6 +66,8 @@ def methods(
         _method(inference.SERVICE, "ServerMetadata", predict, told(service.server_metadata), small),
         _method(inference.SERVICE, "ModelReady", predict, told(service.model_ready), small),
         _method(inference.SERVICE, "ModelMetadata", predict, told(service.model_metadata), small),
+        _method(inference.SERVICE, "ModelConfig", predict, told(service.model_config), small),
+        _method(inference.SERVICE, "ModelStatistics", predict, told(service.statistics), small),
         _method(inference.SERVICE, "RepositoryIndex", predict, told(service.index), small),
         _method(inference.SERVICE, "RepositoryModelLoad", predict, told(service.load), small),
         _method(inference.SERVICE, "RepositoryModelUnload", predict, told(service.unload), small),

@@ -323,8 +323,8 @@ async def test_bad_requests_are_refused_with_a_sentence(door: Door, message, sen
 
 async def test_an_unknown_endpoint_is_not_found_and_an_unknown_method_not_implemented(door: Door):
     assert await status(door.infer(model="nobody")) == (grpc.StatusCode.NOT_FOUND, "there is no endpoint 'nobody'")
-    call = door.channel.unary_unary(f"/{SERVICE}/ModelConfig")(b"")
-    assert await status(call) == (grpc.StatusCode.UNIMPLEMENTED, f"there is no method /{SERVICE}/ModelConfig")
+    call = door.channel.unary_unary(f"/{SERVICE}/TraceSetting")(b"")
+    assert await status(call) == (grpc.StatusCode.UNIMPLEMENTED, f"there is no method /{SERVICE}/TraceSetting")
 
 
 async def test_a_bug_is_told_as_one_and_its_cause_stays_in_the_log(door: Door, caplog):
@@ -547,7 +547,10 @@ async def test_metadata_of_the_server_and_of_an_endpoint(door: Door):
     model = await metadata(oip.ModelMetadataRequest(name="e"))
     assert (model.name, list(model.versions), model.platform) == ("e", ["1", "2"], "sklearn")
     assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in model.inputs] == [("input", "FP64", [-1, 2])]
-    assert await status(metadata(oip.ModelMetadataRequest(name="x"))) == (grpc.StatusCode.NOT_FOUND, "there is no endpoint 'x'")
+    assert await status(metadata(oip.ModelMetadataRequest(name="x"))) == (
+        grpc.StatusCode.NOT_FOUND,
+        "Request for unknown model: there is no endpoint 'x'",
+    )
 
 
 async def test_the_repository_tells_what_is_deployed_and_changes_nothing(door: Door):
