@@ -26,7 +26,7 @@ what it advises, or what clients in use rely on. "–" means that there is nothi
 
 _NAMES = """\
 A model with one input takes it under any name, because clients write names of their own (`input-0`). The checks of unknown inputs therefore
-send one beside the model's own; the peers' verdicts on these checks are of an earlier form, which sent it instead.
+send one beside the model's own.
 """
 
 
