@@ -398,7 +398,7 @@ def _response(frame: Frame) -> InferResponse:
     head = frame.head
     try:
         specs = _remembered_head(head) if len(head) <= REMEMBERED_HEAD_BYTES else _read_head(head)
-        outputs = decode_tensors(specs, frame.tail)
+        outputs = decode_tensors(specs, frame.tail, may_miss=None)
     except (WireError, orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise ModelError(f"the runner's answer cannot be read: {error}") from error
     span = frame.meta.get("span")

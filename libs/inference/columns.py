@@ -13,6 +13,9 @@ from libs.inference.errors import InvalidInputError
 from libs.inference.tensors import Array
 from schemas.inference import Datatype, Signature, TensorSpec
 
+NULLABLE = ("boolean", "Int64")
+"""dtypes of columns that travel as floats, in which NaN is a missing value."""
+
 
 @lru_cache(maxsize=256)
 def _feature_specs(names: tuple[str, ...], datatype: Datatype) -> Mapping[str, TensorSpec]:

@@ -17,7 +17,8 @@ class InferRequest:
     Attributes
     ----------
     inputs
-        One array per input of the signature, in its datatype and shape; ``BYTES`` are object arrays of ``bytes``.
+        One array per input of the signature, in its datatype and shape; ``BYTES`` are object arrays of ``bytes``, in columns
+        of tables with ``None`` where the value is missing.
     outputs
         Names of the outputs asked for; ``None`` is V1's default answer, the signature's first output.
     groups

@@ -120,7 +120,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_csv(body: bytes | bytearray | memoryview, signature: Signature, header: bool | None = None) -> InferRequest:
-    """Read a CSV body: UTF-8, commas, quotes doubled within quotes; empty lines are passed over, an empty cell of floats is NaN.
+    """Read a CSV body: UTF-8, commas, quotes doubled within quotes; empty lines are passed over, an empty cell of floats is NaN, and an
+    empty cell of a column of text is a missing text, as it is for pandas.
 
     Parameters
     ----------
@@ -264,6 +265,8 @@ def render_npy(response: InferResponse) -> bytes:
 def _cell_text(value: Any, name: str) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value is None:
+        return ""
     if not isinstance(value, bytes):
         return value
     try:
@@ -412,7 +415,7 @@ class _JsonCells:
         return array_from_json(rows, spec.datatype, f"input '{spec.name}'")
 
     def column(self, table: _Table, column: int, spec: TensorSpec) -> Array:
-        return array_from_json([row[column] for row in table.rows], spec.datatype, table.label(column))
+        return array_from_json([row[column] for row in table.rows], spec.datatype, table.label(column), may_miss=spec.dtype is not None)
 
 
 class _TextCells:
@@ -429,11 +432,8 @@ class _TextCells:
 
     def column(self, table: _Table, column: int, spec: TensorSpec) -> Array:
         cells = [row[column] for row in table.rows]
-        if spec.dtype is not None and spec.datatype == "BYTES" and not spec.dtype.startswith("datetime64") and "" in cells:
-            # An empty cell means a missing value, which a column of text cannot be sent yet; an empty text would be another value.
-            raise InvalidInputError(
-                f"{table.label(column)} expects text; row {cells.index('') + 1} is empty, and a missing text cannot be sent"
-            )
+        if spec.dtype is not None and spec.datatype == "BYTES":
+            return array_from_json([cell or None for cell in cells], spec.datatype, table.label(column), may_miss=True)
         array = self._floats(cells, spec)
         if array is not None:
             return array

@@ -42,7 +42,7 @@ _CODES = {
 """
 
 
-def array_from_json(values: Any, datatype: str, what: str) -> Array:
+def array_from_json(values: Any, datatype: str, what: str, *, may_miss: bool = False) -> Array:
     """Return nested lists of JSON values as an array of ``datatype``.
 
     Numbers are taken where they are exact: whole floats become integers, integers become floats, ``null`` becomes NaN in floats,
@@ -54,6 +54,8 @@ def array_from_json(values: Any, datatype: str, what: str) -> Array:
         A list, nested or flat; rows of equal length.
     what
         How messages name the values, such as ``input 'x'``.
+    may_miss
+        Whether ``null`` (and NaN, in forms that know it) is taken among texts, as a missing one: ``None``.
 
     Raises
     ------
@@ -69,7 +71,7 @@ def array_from_json(values: Any, datatype: str, what: str) -> Array:
     """
     flat, shape = _flattened(values, what)
     if datatype == "BYTES":
-        return _strings(flat, shape, what, values)
+        return _strings(flat, shape, what, values, may_miss)
     if not flat:
         return np.empty(shape, NUMPY_DTYPES[datatype])
     try:
@@ -167,7 +169,7 @@ def _place(index: int, shape: tuple[int, ...]) -> str:
     return "".join(f"[{part}]" for part in np.unravel_index(index, shape))
 
 
-def _strings(flat: list[Any], shape: tuple[int, ...], what: str, values: Any) -> Array:
+def _strings(flat: list[Any], shape: tuple[int, ...], what: str, values: Any, may_miss: bool) -> Array:
     array = np.empty(len(flat), dtype=object)
     try:
         array[:] = [value.encode() for value in flat]
@@ -175,7 +177,8 @@ def _strings(flat: list[Any], shape: tuple[int, ...], what: str, values: Any) ->
         for index, value in enumerate(flat):
             if isinstance(value, list):
                 raise InvalidInputError(_ragged(values, what)) from None
-            array[index] = _element(value, _place(index, shape), what)
+            is_missing = may_miss and (value is None or value != value)
+            array[index] = None if is_missing else _element(value, _place(index, shape), what)
     return array if len(shape) == 1 else array.reshape(shape)
 
 
@@ -327,7 +330,7 @@ def json_ready(array: Array) -> Any:
     """Return an array as a value that orjson writes exactly.
 
     Floats are widened to float64, so that what JSON carries equals ``float(element)``; NaN and infinities become ``null``; ``BYTES``
-    become text, or ``{"b64": …}`` where they are not UTF-8.
+    become text, or ``{"b64": …}`` where they are not UTF-8; what is missing is ``null``.
     """
     kind = array.dtype.kind
     if kind == "O":
@@ -348,7 +351,7 @@ def _texts(array: Array) -> Any:
 
 def _readable(value: Any) -> Any:
     if not isinstance(value, bytes):
-        return str(value)
+        return None if value is None else str(value)
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:

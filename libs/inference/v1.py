@@ -67,7 +67,7 @@ def _from_instances(instances: Any, signature: Signature) -> dict[str, Array]:
 def _rows(values: list[Any], spec: TensorSpec, field: str) -> Array:
     """Return rows as an array; a wrong row is looked for only once something is wrong."""
     try:
-        array = array_from_json(values, spec.datatype, f"input '{spec.name}'")
+        array = array_from_json(values, spec.datatype, f"input '{spec.name}'", may_miss=spec.dtype is not None)
     except InvalidInputError:
         _explain_rows(values, spec, field)
         raise

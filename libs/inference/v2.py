@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import every_output, object_or_empty, parse_object, requested_outputs
-from libs.inference.columns import assembled, specs_for
+from libs.inference.columns import NULLABLE, assembled, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import (
@@ -158,7 +158,9 @@ def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tup
     parameters = item.get("parameters")
     size = None if parameters is None else object_or_empty(parameters, "parameters").get("binary_data_size")
     if size is None:
-        array = _from_json(item, datatype, shape, what)
+        if spec.dtype in NULLABLE and datatype != "BF16":
+            datatype = spec.datatype.value  # the data may have null in it, which integers and booleans cannot hold
+        array = _from_json(item, datatype, shape, what, may_miss=spec.dtype is not None)
     elif type(size) is not int or not 0 <= size <= len(rest):
         raise InvalidInputError(f"{what} announces {show(size)} bytes; {len(rest)} are left after the JSON head")
     elif "data" in item:
@@ -188,13 +190,13 @@ def read_shape(shape: Any, spec: TensorSpec, what: str) -> tuple[int, ...]:
     return given
 
 
-def _from_json(item: dict[str, Any], datatype: str, shape: tuple[int, ...], what: str) -> Array:
+def _from_json(item: dict[str, Any], datatype: str, shape: tuple[int, ...], what: str, may_miss: bool) -> Array:
     data = item.get("data")
     if type(data) is not list:
         raise InvalidInputError(f"{what} has neither a list 'data' nor a binary_data_size")
     if datatype == "BF16":
         raise InvalidInputError(f"{what}: BF16 has no JSON form; send it as a binary tensor, or as FP32")
-    array = array_from_json(data, datatype, what)
+    array = array_from_json(data, datatype, what, may_miss=may_miss)
     if array.shape == shape:
         return array
     if array.size != math.prod(shape):
@@ -243,12 +245,20 @@ def render(
     """Write the answer; the second value is the length of the JSON head when binary tensors follow it, else ``None``.
 
     ``request_id`` stands in for the caller's own id when the request has none.
+
+    Raises
+    ------
+    InvalidInputError
+        A text that is asked for in binary form is missing.
     """
     outputs: list[dict[str, Any]] = []
     tail: list[Buffer] = []
     for name, array in response.outputs.items():
         if request.wants_binary(name):
-            description, data = encode_tensor(name, array)
+            try:
+                description, data = encode_tensor(name, array)
+            except WireError as error:
+                raise InvalidInputError(f"output '{name}' has a missing text, which binary tensors cannot hold; ask for JSON") from error
             tail.append(data)
         else:
             flat = array if array.ndim == 1 else array.reshape(-1)

@@ -21,7 +21,7 @@ from libs.inference.errors import InvalidInputError, printable
 from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, convert, show_shape
-from libs.runner.wire import NUMPY_DTYPES, Arrays, datatype_of, encode_tensor
+from libs.runner.wire import NUMPY_DTYPES, Arrays, WireError, datatype_of, encode_tensor
 from schemas.inference import Signature, TensorSpec
 
 _Levels = Mapping[int, "_Levels"]
@@ -45,6 +45,7 @@ _FIELDS = {
 }
 """Datatype -> its field in typed contents; FP16 has none."""
 
+_MISSING = "a text of a tensor is missing, which protobuf cannot hold; use JSON"
 _MANY_BYTES = 256 * 1024
 _MOST_FIELDS = 100_000
 """A field of two bytes can become an object of fifty in memory: a larger request may have so many fields, and so many typed strings."""
@@ -246,7 +247,10 @@ def _write(arrays: Arrays, wants_raw: bool, tensors: Any, raw: MutableSequence[b
     for (name, array), datatype in zip(arrays.items(), datatypes, strict=True):
         tensor = tensors.add(name=name, datatype=datatype, shape=array.shape)
         if is_raw:
-            raw.append(bytes(encode_tensor(name, array)[1]))
+            try:
+                raw.append(bytes(encode_tensor(name, array)[1]))
+            except WireError as error:
+                raise InvalidInputError(_MISSING) from error
         else:
             getattr(tensor.contents, _FIELDS[datatype]).extend(_values(array, datatype))
 
@@ -255,6 +259,8 @@ def _values(array: Array, datatype: str) -> list[Any]:
     if datatype != "BYTES":
         values: list[Any] = array.reshape(-1).tolist()
         return values
+    if any(element is None for element in array.flat):
+        raise InvalidInputError(_MISSING)
     return [element if isinstance(element, bytes) else str(element).encode("utf-8", "surrogateescape") for element in array.flat]
 
 

@@ -1,7 +1,8 @@
 """Records of the prediction log: requests in columns, and inputs and outputs as raw tensors.
 
 ``schemas.predictions`` says what they hold. A record's value is a JSON head and then the bytes of its tensors, as in the binary extension
-of the Open Inference Protocol; its header ``inference-header-content-length`` says where the head ends.
+of the Open Inference Protocol; its header ``inference-header-content-length`` says where the head ends. Beyond that extension, a text that
+is missing in a column has the length 0xFFFFFFFF and no bytes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -180,7 +181,7 @@ class _Tail:
             size = tensor.parameters.binary_data_size
             if size > len(self._view):
                 raise WireError(f"tensor '{tensor.name}' announces {size} bytes but only {len(self._view)} are left")
-            arrays[tensor.name] = decode_tensor(tensor.name, tensor.datatype.value, tensor.shape, self._view[:size])
+            arrays[tensor.name] = decode_tensor(tensor.name, tensor.datatype.value, tensor.shape, self._view[:size], may_miss=True)
             self._view = self._view[size:]
         return arrays
 
@@ -192,7 +193,7 @@ class _Tail:
 def _encode(arrays: Arrays, parts: list[Buffer]) -> list[dict[str, Any]]:
     descriptions = []
     for name, array in arrays.items():
-        description, data = encode_tensor(name, array)
+        description, data = encode_tensor(name, array, may_miss=True)
         descriptions.append(description)
         parts.append(data)
     return descriptions

@@ -169,6 +169,7 @@ class Server:
         self._model = model
         self._signature = signature
         self._inputs = {spec["name"]: spec for spec in signature["inputs"]}
+        self._columns = {spec["name"] for spec in signature["inputs"] if spec.get("dtype")}
         self._outputs = [spec["name"] for spec in signature["outputs"]]
         self._token = token.encode()
         self._listener = listener
@@ -518,7 +519,7 @@ class Server:
         failure: dict[str, Any] | None = None
         try:
             call = self._call(request.frame.head)
-            inputs = decode_tensors(call.inputs, request.frame.tail)
+            inputs = decode_tensors(call.inputs, request.frame.tail, self._columns)
             began = time.perf_counter()
             try:
                 answers = self._model.predict(inputs, call.outputs)

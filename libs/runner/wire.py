@@ -3,8 +3,11 @@
 A frame is ``<u32 meta_len><u32 head_len><u64 tail_len>`` (little-endian), then *meta* (our JSON), *head* (the JSON of
 an Open Inference Protocol request or response) and *tail* (its raw tensors in order). Tensors use the protocol's
 binary layout: little-endian, row-major; an element of ``BYTES`` is ``<u32 length><bytes>``. In memory a ``BYTES``
-tensor is an object array of ``bytes``. A head says names, datatypes, shapes and sizes and nothing that changes from
-one request to the next, so requests of equal shapes have equal heads, and both sides remember what a head means.
+tensor is an object array of ``bytes``. Beyond the protocol, an element may be missing: ``None`` in memory, the length
+``MISSING`` without bytes on the wire; only who asks for it writes or reads that.
+
+A head says names, datatypes, shapes and sizes and nothing that changes from one request to the next, so requests of
+equal shapes have equal heads, and both sides remember what a head means.
 
 The first frame of a connection is ``hello``; nothing else is read before it was accepted. *meta* of what a client says:
 
@@ -36,7 +39,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Union
 
 import numpy as np
@@ -56,7 +59,11 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 Rows = Union["np.ndarray[Any, Any]", "list[np.ndarray[Any, Any]]"]
 """An array, or the arrays whose rows follow one another in it; so written, large ones are not copied."""
 
+MISSING = 0xFFFFFFFF
+"""Length of an element of ``BYTES`` that is missing; no bytes follow it."""
+
 _LENGTH = struct.Struct("<I")
+_MISSING = _LENGTH.pack(MISSING)
 _JOIN_BELOW_BYTES = 64 * 1024
 _LIMITS = (META_LIMIT_BYTES, HEAD_LIMIT_BYTES, TAIL_LIMIT_BYTES)
 _STRANGERS_LIMITS = (4096, 0, 0)
@@ -300,26 +307,26 @@ class TensorSpec(NamedTuple):
         }
 
 
-def encode_tensor(name: str, array: np.ndarray[Any, Any]) -> tuple[dict[str, Any], Buffer]:
-    """Return a tensor's description for the JSON head, and its bytes.
+def encode_tensor(name: str, array: np.ndarray[Any, Any], *, may_miss: bool = False) -> tuple[dict[str, Any], Buffer]:
+    """Return a tensor's description for the JSON head, and its bytes; ``may_miss``: elements of ``BYTES`` may be missing.
 
     Raises
     ------
     WireError
-        The array's type has no datatype in the protocol.
+        The array's type has no datatype in the protocol, or an element is missing that may not be.
     """
-    spec, data = _encode(name, array)
+    spec, data = _encode(name, array, may_miss)
     return spec.describe(), data
 
 
-def _encode(name: str, array: np.ndarray[Any, Any]) -> tuple[TensorSpec, Buffer]:
+def _encode(name: str, array: np.ndarray[Any, Any], may_miss: bool = True) -> tuple[TensorSpec, Buffer]:
     datatype = _RAW_DATATYPES.get(array.dtype)
     data: Buffer
     if datatype is not None and array.nbytes <= _JOIN_BELOW_BYTES:
         data = array.tobytes()
     else:
         datatype = datatype or datatype_of(array.dtype)
-        data = _encode_elements(array) if datatype == "BYTES" else _memory(array, NUMPY_DTYPES[datatype])
+        data = _encode_elements(name, array, may_miss) if datatype == "BYTES" else _memory(array, NUMPY_DTYPES[datatype])
     return TensorSpec(name, datatype, array.shape, len(data)), data
 
 
@@ -329,17 +336,30 @@ def _memory(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Buffer:
     return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
 
 
-def _encode_elements(array: np.ndarray[Any, Any]) -> bytes:
+def _encode_elements(name: str, array: np.ndarray[Any, Any], may_miss: bool) -> bytes:
     parts: list[bytes] = []
     for element in array.reshape(-1).tolist():
-        encoded = element if isinstance(element, bytes) else str(element).encode("utf-8", "surrogateescape")
+        if isinstance(element, bytes):
+            encoded = element
+        elif is_missing(element):
+            if not may_miss:
+                raise WireError(f"tensor '{name}' has a missing element, which its binary form cannot hold")
+            parts.append(_MISSING)
+            continue
+        else:
+            encoded = str(element).encode("utf-8", "surrogateescape")
         parts.append(_LENGTH.pack(len(encoded)))
         parts.append(encoded)
     return b"".join(parts)
 
 
+def is_missing(element: Any) -> bool:
+    """Tell whether an element of an object array stands for a missing value: None, NaN, or what pandas has for them."""
+    return element is None or (isinstance(element, float) and element != element) or type(element).__name__ in ("NAType", "NaTType")
+
+
 def encode_tensors(arrays: Mapping[str, Rows]) -> tuple[tuple[TensorSpec, ...], list[Buffer]]:
-    """Encode named arrays in their order; what comes first can be the key of a remembered head."""
+    """Encode named arrays in their order, with what is missing in them; what comes first can be the key of a remembered head."""
     specs: list[TensorSpec] = []
     buffers: list[Buffer] = []
     for name, rows in arrays.items():
@@ -403,13 +423,18 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def decode_tensors(specs: Iterable[TensorSpec], tail: Buffer) -> Arrays:
+def decode_tensors(specs: Iterable[TensorSpec], tail: Buffer, may_miss: Container[str] | None = ()) -> Arrays:
     """Return the named arrays that ``specs`` cut out of ``tail``, without copying when they are aligned.
+
+    Parameters
+    ----------
+    may_miss
+        Names of the tensors whose elements may be missing; None: all.
 
     Raises
     ------
     WireError
-        The sizes and the bytes do not agree.
+        The sizes and the bytes do not agree, or an element is missing that may not be.
     """
     arrays: Arrays = {}
     position = 0
@@ -417,7 +442,8 @@ def decode_tensors(specs: Iterable[TensorSpec], tail: Buffer) -> Arrays:
         if position + size_bytes > len(tail):
             raise WireError(f"tensor '{name}' announces {size_bytes} bytes but only {len(tail) - position} are left")
         if datatype == "BYTES":
-            arrays[name] = _decode_elements(name, shape, bytes(memoryview(tail)[position : position + size_bytes]))
+            raw = bytes(memoryview(tail)[position : position + size_bytes])
+            arrays[name] = _decode_elements(name, shape, raw, may_miss is None or name in may_miss)
         else:
             arrays[name] = _view(name, datatype, shape, tail, position)
         position += size_bytes
@@ -426,16 +452,16 @@ def decode_tensors(specs: Iterable[TensorSpec], tail: Buffer) -> Arrays:
     return arrays
 
 
-def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> np.ndarray[Any, Any]:
+def decode_tensor(name: str, datatype: str, shape: Sequence[int], data: memoryview, *, may_miss: bool = False) -> np.ndarray[Any, Any]:
     """Return one tensor; ``shape`` has been checked to be non-negative integers.
 
     Raises
     ------
     WireError
-        The number of bytes does not agree with datatype and shape.
+        The number of bytes does not agree with datatype and shape, or an element is missing although ``may_miss`` is false.
     """
     if datatype == "BYTES":
-        return _decode_elements(name, shape, bytes(data))
+        return _decode_elements(name, shape, bytes(data), may_miss)
     _check_size(name, datatype, shape, len(data))
     return _view(name, datatype, shape, data, 0)
 
@@ -454,7 +480,7 @@ def _view(name: str, datatype: str, shape: Sequence[int], tail: Buffer, position
     return array if array.flags.aligned else array.copy()
 
 
-def _decode_elements(name: str, shape: Sequence[int], raw: bytes) -> np.ndarray[Any, Any]:
+def _decode_elements(name: str, shape: Sequence[int], raw: bytes, may_miss: bool) -> np.ndarray[Any, Any]:
     count = math.prod(shape)
     if count * _LENGTH.size > len(raw):
         raise WireError(f"tensor '{name}' has fewer than {count} elements")
@@ -464,7 +490,11 @@ def _decode_elements(name: str, shape: Sequence[int], raw: bytes) -> np.ndarray[
         end_of_length = position + _LENGTH.size
         if end_of_length > len(raw):
             raise WireError(f"tensor '{name}' ends inside element {index}")
-        position = end_of_length + _LENGTH.unpack_from(raw, position)[0]
+        length = _LENGTH.unpack_from(raw, position)[0]
+        if may_miss and length == MISSING:
+            position = end_of_length  # the element is None already
+            continue
+        position = end_of_length + length
         if position > len(raw):
             raise WireError(f"tensor '{name}' ends inside element {index}")
         elements[index] = raw[end_of_length:position]

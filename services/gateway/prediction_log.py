@@ -303,7 +303,7 @@ def _size_of(arrays: Arrays) -> int:
 
 
 def _element_bytes(array: npt.NDArray[Any]) -> int:
-    return sum(4 + len(element) for element in array.reshape(-1).tolist())
+    return sum(4 + len(element or b"") for element in array.reshape(-1).tolist())
 
 
 def _picked(captured: Captured, wanted: list[bool]) -> Captured:

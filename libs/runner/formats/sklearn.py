@@ -15,7 +15,13 @@ INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
 _TEXT_MODULE = "sklearn.feature_extraction.text"
 _NOT_FITTED = "NotFittedError"
-_CHECKS_OF_INPUT = ("sklearn.utils.validation", "sklearn.utils._array_api", "sklearn.preprocessing._encoders", "sklearn.utils._encode")
+_CHECKS_OF_INPUT = (
+    "sklearn.utils.validation",
+    "sklearn.utils._array_api",
+    "sklearn.preprocessing._encoders",
+    "sklearn.utils._encode",
+    _TEXT_MODULE,
+)
 _MADE_UP_ROWS = (5, 7)
 """Two batches of made-up rows: an axis that has the size of both is the rows'."""
 

@@ -39,7 +39,7 @@ class Column:
         What stands for a missing text: NaN, or None where the model was fitted with that.
     """
 
-    def __init__(self, name: str, datatype: str, dtype: str, known: Sequence[Any] = (), missing: Any = float("nan")) -> None:
+    def __init__(self, name: str, datatype: str, dtype: str, known: Sequence[Any] = (), missing: Any = np.nan) -> None:
         self.name = name
         self.datatype = datatype
         self.dtype = dtype
@@ -85,7 +85,9 @@ class Column:
                 return pd.Series(pd.Categorical(texts, categories=self.categories))
             if self.dtype.startswith("datetime64"):
                 return self._dates(texts)
-            return pd.Series(texts, dtype="string") if self.dtype == "string" else pd.Series(texts)
+            if self.dtype == "string":
+                return pd.Series(texts, dtype="string")
+            return pd.Series(texts, dtype=object if all(text is self.missing for text in texts) else None)
         if self.dtype == "category":
             return pd.Series(pd.Categorical(values, categories=self.categories))
         if self.dtype in _NULLABLE:
@@ -294,7 +296,7 @@ def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Col
     there = [value for value in values.tolist() if value is not None and value == value]
     if not there:
         return None
-    missing: Any = None if any(value is None for value in values.tolist()) else float("nan")
+    missing: Any = None if any(value is None for value in values.tolist()) else np.nan
     if all(isinstance(value, str) for value in there):
         return Column(name, "BYTES", "object", there, missing)
     if all(isinstance(value, bool) for value in there):

@@ -39,11 +39,11 @@ def test_columns_come_back():
 
 def test_blocks_come_back_request_by_request():
     block = Block(
-        np.array([7, 8]), np.array([2, 1], "<u4"), {"x": np.arange(6.0).reshape(3, 2), "s": np.array([b"a", b"", b"c"], object)}, {}
+        np.array([7, 8]), np.array([2, 1], "<u4"), {"x": np.arange(6.0).reshape(3, 2), "s": np.array([b"a", b"", None], object)}, {}
     )
     (read,) = records.read(record(blocks=[block])).blocks
     requests = [(sequence, inputs["x"].tolist(), inputs["s"].tolist(), outputs) for sequence, inputs, outputs in read.requests()]
-    assert requests == [(7, [[0.0, 1.0], [2.0, 3.0]], [b"a", b""], {}), (8, [[4.0, 5.0]], [b"c"], {})]
+    assert requests == [(7, [[0.0, 1.0], [2.0, 3.0]], [b"a", b""], {}), (8, [[4.0, 5.0]], [None], {})]
 
 
 def test_a_record_is_a_cloudevent_keyed_by_its_endpoint():

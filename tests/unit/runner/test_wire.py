@@ -45,6 +45,18 @@ def test_strings_arrive_as_bytes() -> None:
     assert back["b"].tolist() == [b"\xff", b"y"]
 
 
+def test_missing_elements_cross_where_both_sides_know_of_them() -> None:
+    texts = np.array([[b"a", None], [float("nan"), b""]], dtype=object)
+    specs, buffers = wire.encode_tensors({"a": texts})
+    tail = bytearray(joined(buffers))
+    assert wire.decode_tensors(specs, tail, {"a"})["a"].tolist() == [[b"a", None], [None, b""]]
+    for stranger in ((), {"b"}):
+        with pytest.raises(wire.WireError, match="ends inside element 1"):
+            wire.decode_tensors(specs, tail, stranger)
+    with pytest.raises(wire.WireError, match="missing element"):
+        wire.encode_tensor("a", texts)
+
+
 def test_arrays_that_follow_an_odd_number_of_bytes_are_aligned() -> None:
     back = roundtrip({"a": np.array([True]), "b": np.array([1.5])})
     assert back["b"].flags.aligned
