@@ -11,6 +11,7 @@ import numpy as np
 
 from libs.inference.errors import InvalidInputError
 from libs.inference.tensors import Array
+from libs.runner.wire import NUMPY_DTYPES
 from schemas.inference import Datatype, Signature, TensorSpec
 
 NULLABLE = ("boolean", "Int64")
@@ -43,17 +44,18 @@ def specs_for(names: Collection[str], signature: Signature) -> Mapping[str, Tens
 
 
 def assembled(arrays: dict[str, Array], signature: Signature) -> dict[str, Array]:
-    """The signature's inputs, from arrays by the names of ``specs_for``, all of which are there.
+    """The signature's inputs, from arrays by the names of ``specs_for``, all of which are there but for optional columns.
 
     Raises
     ------
     InvalidInputError
         Columns differ in how many rows they have.
     """
+    if signature.is_table:
+        _check_rows(arrays)
+        return arrays if len(arrays) == len(signature.inputs) else completed(arrays, signature)
     own = [spec.name for spec in signature.inputs]
     if len(arrays) == len(own) and own[0] in arrays:
-        if signature.is_table:
-            _check_rows(arrays)
         return arrays
     features = signature.feature_names or ()
     if arrays.keys() == set(features):
@@ -61,6 +63,23 @@ def assembled(arrays: dict[str, Array], signature: Signature) -> dict[str, Array
         return {own[0]: np.stack([arrays[name] for name in features], axis=1)}
     (only,) = arrays.values()
     return {own[0]: only}
+
+
+def completed(arrays: dict[str, Array], signature: Signature) -> dict[str, Array]:
+    """The columns of a table, those that the request has left out being all missing values."""
+    rows = len(next(iter(arrays.values())))
+    return {spec.name: arrays[spec.name] if spec.name in arrays else _missing(spec, rows) for spec in signature.inputs}
+
+
+def _missing(spec: TensorSpec, rows: int) -> Array:
+    return np.full(rows, None if spec.datatype == "BYTES" else np.nan, NUMPY_DTYPES[spec.datatype])
+
+
+def check_complete(given: Collection[str], specs: Mapping[str, TensorSpec]) -> None:
+    """Raise ``InvalidInputError`` for the first input that is not given, and is not optional."""
+    for name, spec in specs.items():
+        if name not in given and not spec.optional:
+            raise InvalidInputError(f"input '{name}' is missing")
 
 
 def _check_rows(arrays: Mapping[str, Array]) -> None:

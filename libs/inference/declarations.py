@@ -42,11 +42,15 @@ _DTYPES = {
 """dtype of a column -> its datatype on the wire; nullable integers and booleans travel as floats, in which NaN is a missing value."""
 
 
+_NULLABLE = {"bool": "boolean", "int64": "Int64"}
+"""dtypes without a missing value -> those that have one."""
+
+
 def read(document: Any) -> DeclaredSignature:
     """Read a declared signature: ``{"inputs": [...]}`` or the list alone; outputs, if there are any, are found in the trial.
 
     Each input is a tensor (``name``, ``datatype``, ``shape``), a column (``name``, ``dtype``, maybe ``categories`` and ``optional``) or a
-    column in MLflow's terms (``name``, ``type``, maybe ``required``).
+    column in MLflow's terms (``name``, ``type``, maybe ``required``). A column of integers or booleans that is optional is a nullable one.
 
     Raises
     ------
@@ -86,10 +90,15 @@ def _spec(item: Mapping[str, Any]) -> dict[str, Any]:
     shown = printable(name, 80)
     if "type" in item and "datatype" not in item and "dtype" not in item:
         datatype, dtype = _one_of(_MLFLOW, item["type"], f"type of column '{shown}'")
-        return {"name": name, "datatype": datatype, "shape": (-1,), "dtype": dtype, "optional": item.get("required", True) is False}
+        optional = item.get("required", True) is False
+        if optional and dtype in _NULLABLE:
+            datatype, dtype = "FP64", _NULLABLE[dtype]
+        return {"name": name, "datatype": datatype, "shape": (-1,), "dtype": dtype, "optional": optional}
     if "dtype" in item:
         dtype = item["dtype"]
         datatype = _one_of(_DTYPES, dtype, f"dtype of column '{shown}'")
+        if item.get("optional") and dtype in _NULLABLE:
+            datatype, dtype = "FP64", _NULLABLE[dtype]
         categories = item.get("categories")
         if dtype == "category" and categories and not all(isinstance(value, str) for value in categories):
             datatype = "FP64"

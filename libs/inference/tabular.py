@@ -24,6 +24,7 @@ import orjson
 from libs.errors import PayloadTooLargeError
 from libs.inference import v1
 from libs.inference.bodies import check_size, object_or_empty, parse_bounded, requested_groups
+from libs.inference.columns import completed
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, convert, show
@@ -352,8 +353,12 @@ def _arrays(table: _Table, signature: Signature, cells: _Cells) -> Arrays:
     if signature.ignored_columns and table.names is not None:
         table = _without(table, set(signature.ignored_columns))
     if len(specs) > 1:
-        order = _order(table, names)
-        return {spec.name: _shaped(cells.column(table, column, spec), spec) for spec, column in zip(specs, order, strict=True)}
+        there = set(table.names or ())
+        if not there.isdisjoint(names):
+            specs = tuple(spec for spec in specs if not spec.optional or spec.name in there)
+        order = _order(table, [spec.name for spec in specs])
+        arrays = {spec.name: _shaped(cells.column(table, column, spec), spec) for spec, column in zip(specs, order, strict=True)}
+        return arrays if len(arrays) == len(names) else completed(arrays, signature)
     spec = specs[0]
     if table.width == 1 and (len(spec.shape) != 2 or (table.names == names and signature.feature_names is None)):
         return {spec.name: _shaped(cells.column(table, 0, spec), spec)}
@@ -497,7 +502,8 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
 
 def _is_header(first: list[str], signature: Signature) -> bool:
     known = signature.feature_names or [spec.name for spec in signature.inputs]
-    if {cell.strip() for cell in first} - set(signature.ignored_columns) == set(known):
+    cells = {cell.strip() for cell in first} - set(signature.ignored_columns)
+    if cells and set(known) - {spec.name for spec in signature.inputs if spec.optional} <= cells <= set(known):
         return True
     datatypes = {spec.datatype for spec in signature.inputs}
     if "BYTES" in datatypes:

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_groups
-from libs.inference.columns import assembled
+from libs.inference.columns import assembled, check_complete
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import Groups, InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
@@ -136,6 +136,10 @@ def _from_objects(instances: list[Any], signature: Signature) -> dict[str, Array
         instances = [{name: value for name, value in row.items() if name not in ignored} for row in instances]
     if signature.feature_names is not None and len(inputs) == 1 and not instances[0].keys() <= {spec.name}:
         return {spec.name: _rows(list(map(list, _members(instances, signature.feature_names))), spec, "instances")}
+    optional = [each.name for each in signature.inputs if each.optional]
+    if optional:
+        absent = dict.fromkeys(optional)
+        instances = [{**absent, **row} for row in instances]
     columns = zip(*_members(instances, inputs), strict=True)
     return {each.name: _rows(list(column), each, "instances") for each, column in zip(signature.inputs, columns, strict=True)}
 
@@ -178,9 +182,12 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
     if unknown:
         raise InvalidInputError(f"the model has no input '{printable(min(unknown), 80)}'; it has {_names(signature)}")
     arrays: dict[str, Array] = {}
+    check_complete(columns, {spec.name: spec for spec in signature.inputs})
+    if not columns:
+        raise InvalidInputError("'inputs' has no columns")
     for spec in signature.inputs:
         if spec.name not in columns:
-            raise InvalidInputError(f"input '{spec.name}' is missing")
+            continue
         if not isinstance(columns[spec.name], list):
             raise InvalidInputError(f"input '{spec.name}' must be a list, got {show(columns[spec.name])}")
         arrays[spec.name] = _rows(columns[spec.name], spec, spec.name)

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import every_output, object_or_empty, parse_object, requested_outputs
-from libs.inference.columns import NULLABLE, assembled, specs_for
+from libs.inference.columns import NULLABLE, assembled, check_complete, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import (
@@ -132,7 +132,7 @@ def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> 
             raise InvalidInputError(f"input '{name}' is given twice")
         arrays[name], rest = _read_input(item, spec, rest)
     if len(arrays) < len(specs):
-        raise InvalidInputError(f"input '{next(name for name in specs if name not in arrays)}' is missing")
+        check_complete(arrays, specs)
     if rest:
         raise InvalidInputError(f"{len(rest)} bytes follow the last binary tensor")
     return assembled(arrays, signature)

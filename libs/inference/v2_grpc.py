@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from libs.inference import v2
 from libs.inference.bodies import every_output, requested_outputs
-from libs.inference.columns import assembled, specs_for
+from libs.inference.columns import assembled, check_complete, specs_for
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from libs.inference.requests import InferRequest, InferResponse
@@ -164,9 +164,7 @@ def _read_inputs(message: ModelInferRequest, signature: Signature, raw: Sequence
         if name in arrays:
             raise InvalidInputError(f"input '{name}' is given twice")
         arrays[name] = _read_input(tensor, spec, raw[place] if raw else None)
-    for name in specs:
-        if name not in arrays:
-            raise InvalidInputError(f"input '{name}' is missing")
+    check_complete(arrays, specs)
     return assembled(arrays, signature)
 
 

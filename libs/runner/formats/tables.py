@@ -17,6 +17,7 @@ from ..wire import Arrays
 _TEXT_MODULE = "sklearn.feature_extraction.text"
 _PLAIN = ("object", "float64", "bool")
 _NULLABLE = ("boolean", "Int64")
+_NULLABLE_OF = {"BOOL": "boolean", "INT64": "Int64"}
 _EXACT = 2**53
 """From here on a float stands for more than one integer."""
 
@@ -37,6 +38,8 @@ class Column:
         Values that the model has seen, for made-up rows.
     missing
         What stands for a missing text: NaN, or None where the model was fitted with that.
+    optional
+        Whether a request may leave it out.
     """
 
     def __init__(self, name: str, datatype: str, dtype: str, known: Sequence[Any] = (), missing: Any = np.nan) -> None:
@@ -46,13 +49,23 @@ class Column:
         self.known = list(known)
         self.missing = missing
         self.categories: list[Any] | None = None
+        self.optional = False
 
     def describe(self) -> dict[str, Any]:
         """Return it as an input of the signature."""
         spec: dict[str, Any] = {"name": self.name, "datatype": self.datatype, "shape": [-1], "dtype": self.dtype}
         if self.categories is not None:
             spec["categories"] = self.categories
+        if self.optional:
+            spec["optional"] = True
         return spec
+
+    def let_out(self) -> None:
+        """Let requests leave it out; what has no missing value becomes what has one."""
+        self.optional = True
+        if self.datatype in _NULLABLE_OF:
+            self.dtype = _NULLABLE_OF[self.datatype]
+            self.datatype, self.known = "FP64", []
 
     def made_up(self, count: int) -> np.ndarray[Any, Any]:
         """Return values that differ, as they come from the wire."""
@@ -66,7 +79,7 @@ class Column:
             return np.array([values[index % len(values)] for index in range(count)], dtype=np.int64)
         if self.dtype == "boolean":
             return (np.arange(count) % 2).astype(np.float64)
-        values = self.known or [0.5 + index for index in range(count)]
+        values = self.known or [index + (0.0 if self.dtype == "Int64" else 0.5) for index in range(count)]
         return np.array([values[index % len(values)] for index in range(count)], dtype=np.float64)
 
     def series(self, values: np.ndarray[Any, Any]) -> Any:
@@ -197,9 +210,11 @@ def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[M
         is_known = name in search.found or name in search.dropped - search.used or (names is not None and name not in columns)
         if not (is_known and spec["dtype"] in _PLAIN):
             columns[name] = _declared(spec, columns.get(name))
+        if spec.get("optional") and name in columns:
+            columns[name].let_out()
     ignored = [name for name in names or () if name in search.dropped and name not in search.used]
     taken = [column for name, column in columns.items() if name not in ignored]
-    if all(column.datatype != "BYTES" and column.dtype not in _NULLABLE for column in taken):
+    if all(column.datatype != "BYTES" and column.dtype not in _NULLABLE and not column.optional for column in taken):
         return None
     return Table(taken, ignored)
 
@@ -332,11 +347,17 @@ def _dict_vectorizer(estimator: Any) -> Any:
 
 
 def _dict_columns(vectorizer: Any) -> list[Column]:
-    """Return the members of the dictionaries: ``city=Paris`` is a value of a text, a name without the separator is a number."""
+    """Return the members of the dictionaries: ``city=Paris`` is a value of a text, a name without the separator is a number.
+
+    All of them are optional, as they are for the vectorizer: a member that is not there, or has no value, counts as 0.
+    """
     known: dict[str, list[str]] = {}
     for feature in vectorizer.feature_names_:
         name, separator, value = str(feature).partition(vectorizer.separator)
         values = known.setdefault(name, [])
         if separator:
             values.append(value)
-    return [Column(name, "BYTES", "object", values) if values else Column(name, "FP64", "float64") for name, values in known.items()]
+    columns = [Column(name, "BYTES", "object", values) if values else Column(name, "FP64", "float64") for name, values in known.items()]
+    for column in columns:
+        column.let_out()
+    return columns

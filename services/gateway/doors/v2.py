@@ -205,7 +205,8 @@ class _Told:
 
 
 def _tensor(spec: TensorSpec) -> dict[str, object]:
-    return {"name": spec.name, "datatype": spec.datatype.value, "shape": list(spec.shape)}
+    described: dict[str, object] = {"name": spec.name, "datatype": spec.datatype.value, "shape": list(spec.shape)}
+    return described if not spec.optional else {**described, "parameters": {"optional": True}}
 
 
 def _configured(spec: TensorSpec, is_batched: bool) -> dict[str, object]:

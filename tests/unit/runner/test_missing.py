@@ -9,16 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.compose import ColumnTransformer
+from sklearn.feature_extraction import DictVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
-from libs.inference import tabular, v1, v2, v2_grpc
+from libs.inference import declarations, tabular, v1, v2, v2_grpc
 from libs.inference.batches import join
 from libs.inference.errors import InvalidInputError
 from libs.inference.oip_proto.open_inference_pb2 import ModelInferRequest
 from libs.inference.requests import InferRequest, InferResponse
+from libs.runner.formats.sklearn import SklearnModel
 from libs.runner.wire import MISSING
 from schemas.inference import Datatype, Signature, TensorSpec
 from tests.unit.runner import models
@@ -134,3 +136,89 @@ async def test_the_runner_answers_missing_values_as_the_model_does(tmp_path: Pat
         await client.close()
     expected = model.predict_proba(asked)
     assert np.array_equal(answer.outputs["predict_proba"], np.concatenate([expected, expected]))
+
+
+def optional_forms(signature: Signature) -> dict[str, InferRequest]:
+    """A table of one column, through every reader."""
+    one = Signature.model_validate(signature.model_dump())
+    item = {"name": "city", "shape": [2], "datatype": "BYTES", "data": ["Paris", "Lyon"]}
+    raw = b"".join(len(text).to_bytes(4, "little") + text for text in (b"Paris", b"Lyon"))
+    described = {"name": "city", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [described]}).encode()
+    message = ModelInferRequest(model_name="m", raw_input_contents=[raw])
+    message.inputs.add(name="city", datatype="BYTES", shape=[2])
+    return {
+        "rows": v1.parse(b'{"instances": [{"city": "Paris"}, {"city": "Lyon"}]}', one),
+        "columns": v1.parse(b'{"inputs": {"city": ["Paris", "Lyon"]}}', one),
+        "v2": v2.parse(json.dumps({"inputs": [item]}).encode(), one),
+        "binary": v2.parse(head + raw, one, len(head)),
+        "grpc": v2_grpc.parse(message.SerializeToString(), one),
+        "csv": tabular.parse_csv(b"city\nParis\nLyon\n", one),
+        "split": tabular.parse_json(b'{"dataframe_split": {"columns": ["city"], "data": [["Paris"], ["Lyon"]]}}', one),
+        "records": tabular.parse_json(b'{"dataframe_records": [{"city": "Paris"}, {"city": "Lyon"}]}', one),
+    }
+
+
+def test_an_optional_column_may_be_left_out_in_every_form() -> None:
+    declared = declarations.read(
+        [
+            {"name": "city", "type": "string"},
+            {"name": "plan", "type": "string", "required": False},
+            {"name": "age", "type": "double", "required": False},
+            {"name": "active", "type": "boolean", "required": False},
+            {"name": "visits", "dtype": "int64", "optional": True},
+        ]
+    )
+    signature = Signature(inputs=declared.inputs, outputs=COLUMNS[:1])
+    assert [spec.dtype for spec in signature.inputs] == ["object", "object", "float64", "boolean", "Int64"]
+    for form, request in optional_forms(signature).items():
+        assert request.inputs["city"].tolist() == [b"Paris", b"Lyon"], form
+        assert request.inputs["plan"].tolist() == [None, None], form
+        assert all(np.isnan(request.inputs[name]).tolist() == [True, True] for name in ("age", "active", "visits")), form
+    with pytest.raises(InvalidInputError, match="input 'city' is missing"):
+        v1.parse(b'{"inputs": {"plan": ["a"]}}', signature)
+    with pytest.raises(InvalidInputError, match="lacks 'city'"):
+        v1.parse(b'{"instances": [{"plan": "a"}]}', signature)
+    with pytest.raises(InvalidInputError, match="lacks the column 'city'"):
+        tabular.parse_csv(b"plan,age\na,1\n", signature, header=True)
+
+
+def test_a_dictionary_without_a_key_is_answered_as_the_vectorizer_does() -> None:
+    rows = [{"city": "Paris", "age": 3.0}, {"city": "Lyon", "age": 1.0}, {"age": 2.0}, {"city": "Paris"}]
+    model = make_pipeline(DictVectorizer(), LogisticRegression()).fit(rows, [0, 1, 1, 0])
+    served = SklearnModel(model)
+    signature = Signature.model_validate(served.describe())
+    assert all(spec.optional for spec in signature.inputs)
+    asked = [*rows, {}]
+    answer = served.predict(v1.from_document({"instances": asked}, signature).inputs, ["predict_proba"])["predict_proba"]
+    assert np.array_equal(answer, model.predict_proba(asked))
+    answer = served.predict(v1.from_document({"inputs": {"age": [1, 2]}}, signature).inputs, ["predict_proba"])["predict_proba"]
+    assert np.array_equal(answer, model.predict_proba([{"age": 1}, {"age": 2}]))
+
+
+def test_columns_are_optional_as_declared_also_when_the_model_remembers_them() -> None:
+    table = pd.DataFrame({"age": [1.0, 2, np.nan, 4], "city": ["Paris", np.nan, "Lyon", "Paris"]})
+    model = make_pipeline(ColumnTransformer([("n", SimpleImputer(), ["age"]), ("t", OneHotEncoder(), ["city"])]), LogisticRegression()).fit(
+        table, [0, 1, 1, 0]
+    )
+    declared = declarations.read(
+        [{"name": "age", "type": "double", "required": False}, {"name": "city", "type": "string", "required": False}]
+    )
+    first = Signature.model_validate(SklearnModel(model, declared.model_dump(mode="json")).describe())
+    served = SklearnModel(model, first.model_dump(mode="json"))
+    signature = Signature.model_validate(served.describe())
+    assert signature.inputs == first.inputs
+    answer = served.predict(v1.from_document({"inputs": {"age": [1, 4]}}, signature).inputs, ["predict_proba"])["predict_proba"]
+    assert np.array_equal(answer, model.predict_proba(pd.DataFrame({"age": [1.0, 4], "city": np.array([np.nan, np.nan], dtype=object)})))
+
+
+def test_optional_columns_of_a_model_on_numbers() -> None:
+    table = pd.DataFrame({"age": [1.0, 2, np.nan, 4], "income": [5.0, np.nan, 7, 8]})
+    model = make_pipeline(SimpleImputer(), LogisticRegression()).fit(table, [0, 1, 1, 0])
+    declared = declarations.read([{"name": "age", "type": "double"}, {"name": "income", "type": "double", "required": False}])
+    first = Signature.model_validate(SklearnModel(model, declared.model_dump(mode="json")).describe())
+    served = SklearnModel(model, first.model_dump(mode="json"))
+    signature = Signature.model_validate(served.describe())
+    assert signature.inputs == first.inputs
+    answer = served.predict(v1.from_document({"instances": [{"age": 2}]}, signature).inputs, ["predict_proba"])["predict_proba"]
+    assert np.array_equal(answer, model.predict_proba(table[1:2]))

@@ -8,6 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
+from schemas.inference import TensorSpec
+from services.gateway.doors import v2
+
 TENSOR = struct.pack("<2d", 1.5, 2.0)
 
 
@@ -207,3 +210,8 @@ async def test_bytes_are_taken_and_what_is_plainly_something_else_is_a_415(world
         for content_type in ("image/jpeg", "application/x-msgpack", "application/x-pickle", "multipart/mixed"):
             answer = await world.http.post(url, content=content, headers={**head, "content-type": content_type})
             assert (answer.status_code, list(answer.json())) == (415, ["error"])
+
+
+def test_metadata_says_which_columns_are_optional():
+    city = TensorSpec(name="city", datatype="BYTES", shape=(-1,), dtype="object", optional=True)
+    assert v2._tensor(city) == {"name": "city", "datatype": "BYTES", "shape": [-1], "parameters": {"optional": True}}
