@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
 
 from ..errors import InvalidInputError, LoadError, first_sentence
 from ..wire import Arrays, WireError, datatype_of
-from .tables import Table, find_table
+from .tables import Table, find_opaque, find_table
 
 INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
@@ -22,6 +23,9 @@ _CHECKS_OF_INPUT = (
     "sklearn.utils._encode",
     _TEXT_MODULE,
 )
+_MOST_GUESSES = 16
+"""Ways to take columns for text that are tried, at most."""
+
 _MADE_UP_ROWS = (5, 7)
 """Two batches of made-up rows: an axis that has the size of both is the rows'."""
 
@@ -61,13 +65,15 @@ class SklearnModel:
         self._takes_text = _takes_text(estimator)
         self._feature_names = _feature_names(estimator)
         self._frame = _frame_maker(estimator, self._feature_names)
-        columns = [spec for spec in (declared or {}).get("inputs", ()) if spec.get("dtype")]
-        self._table: Table | None = None if self._takes_text else find_table(estimator, self._feature_names, columns)
+        self._declared = [spec for spec in (declared or {}).get("inputs", ()) if spec.get("dtype")]
+        self._table: Table | None = None if self._takes_text else find_table(estimator, self._feature_names, self._declared)
+        self._opaque = [] if self._takes_text else find_opaque(estimator, self._feature_names, self._declared)
         self._sources: dict[str, tuple[str, int | None]] = {}
         self._takes_made_up = False
 
     def describe(self) -> dict[str, Any]:
         n_features = _n_features(self._estimator)
+        self._guess_columns(n_features)
         outputs = [spec for name in self._methods for spec in self._describe_outputs(name, n_features)]
         if not outputs:
             raise LoadError("not_a_model", f"{_type_name(self._estimator)} gives no answer that is an array")
@@ -108,6 +114,21 @@ class SklearnModel:
             return np.array([f"a sample {index}" for index in range(count)], dtype=object)
         return self._frame(np.zeros((count, max(n_features, 1))))
 
+    def _guess_columns(self, n_features: int) -> None:
+        """Find out which of the columns that only functions see are text, when they do not take them all for numbers."""
+        for is_text in islice(product((False, True), repeat=len(self._opaque)), _MOST_GUESSES):
+            texts = [column for group, flag in zip(self._opaque, is_text) if flag for column in group]
+            before, self._table = self._table, find_table(self._estimator, self._feature_names, self._declared, texts)
+            try:
+                getattr(self._estimator, self._methods[0])(self._made_up(_MADE_UP_ROWS[0], n_features))
+            except BaseException as error:  # noqa: BLE001 (the model's code may raise anything)
+                self._table = before
+                if not texts and not isinstance(error, (TypeError, AttributeError)):
+                    return  # it takes numbers, if not these
+            else:
+                self._opaque = []
+                return
+
     def _call(self, method: str, values: Any) -> Any:
         """Return the method's answer: an array, or what becomes one; a list of arrays where there are several targets."""
         try:
@@ -116,6 +137,12 @@ class SklearnModel:
             if type(error).__name__ != _NOT_FITTED and _is_about_input(error):
                 raise InvalidInputError(first_sentence(error)) from error
             raise
+        except (TypeError, AttributeError) as error:
+            if not self._opaque:
+                raise
+            names = ", ".join(f"'{column.name}'" for group in self._opaque for column in group)
+            text = f"a function of the model takes no numbers ({first_sentence(error)}), and nothing tells what belongs into {names}"
+            raise InvalidInputError(f"{text}: give the version an example with names (--example), or a signature (--signature)") from error
 
     def _describe_outputs(self, method: str, n_features: int) -> list[dict[str, Any]]:
         """Ask the method for made-up rows; a method that takes none of ours is described by what is known of it.
@@ -204,8 +231,8 @@ def _feature_names(estimator: Any) -> list[str] | None:
 
 
 def _frame_maker(estimator: Any, names: list[str] | None) -> Any:
-    """Return what turns an array into what the estimator takes: a column transformer that selects by name needs names."""
-    if names is None or type(_first_step(estimator)).__name__ != "ColumnTransformer":
+    """Return what turns an array into what the estimator takes: a column transformer or a function that selects by name needs names."""
+    if names is None or type(_first_step(estimator)).__name__ not in ("ColumnTransformer", "FunctionTransformer"):
         return _unchanged
     try:
         from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]

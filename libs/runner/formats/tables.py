@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInputError, LoadError
-from ..wire import Arrays
+from ..wire import Arrays, is_missing
 
 _TEXT_MODULE = "sklearn.feature_extraction.text"
 _PLAIN = ("object", "float64", "bool")
@@ -37,7 +37,9 @@ class Column:
     known
         Values that the model has seen, for made-up rows.
     missing
-        What stands for a missing text: NaN, or None where the model was fitted with that.
+        What stands for a missing text or boolean: NaN, or None where the model was fitted with that.
+    as_objects
+        Of dtype ``boolean``: whether the model was fitted on Python's booleans and what stands for missing ones, not on pandas' own.
     optional
         Whether a request may leave it out.
     """
@@ -49,6 +51,7 @@ class Column:
         self.known = list(known)
         self.missing = missing
         self.categories: list[Any] | None = None
+        self.as_objects = False
         self.optional = False
 
     def describe(self) -> dict[str, Any]:
@@ -65,7 +68,7 @@ class Column:
         self.optional = True
         if self.datatype in _NULLABLE_OF:
             self.dtype = _NULLABLE_OF[self.datatype]
-            self.datatype, self.known = "FP64", []
+            self.datatype, self.known, self.as_objects = "FP64", [], self.datatype == "BOOL"
 
     def made_up(self, count: int) -> np.ndarray[Any, Any]:
         """Return values that differ, as they come from the wire."""
@@ -100,9 +103,12 @@ class Column:
                 return self._dates(texts)
             if self.dtype == "string":
                 return pd.Series(texts, dtype="string")
-            return pd.Series(texts, dtype=object if all(text is self.missing for text in texts) else None)
+            is_bare = self.missing is not np.nan or all(text is np.nan for text in texts)
+            return pd.Series(texts, dtype=object if is_bare else None)
         if self.dtype == "category":
             return pd.Series(pd.Categorical(values, categories=self.categories))
+        if self.as_objects:
+            return pd.Series([self.missing if value != value else bool(value) for value in self._whole(values).tolist()], dtype=object)
         if self.dtype in _NULLABLE:
             return pd.Series(pd.array(self._whole(values), dtype="Int64")).astype(self.dtype)
         return pd.Series(values, dtype=self.dtype if self.dtype == "float32" else None)
@@ -182,7 +188,9 @@ def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:
     return array
 
 
-def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = ()) -> Table | None:
+def find_table(
+    estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = (), guessed: Sequence[Column] = ()
+) -> Table | None:
     """Return the table that a fitted model takes; None when all of it is numbers, or columns have no names.
 
     Parameters
@@ -192,6 +200,8 @@ def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[M
     declared
         Inputs with a ``dtype``: as the uploader declares them, as the example shows them, or as they were found in the trial. A plain dtype
         (``object``, ``float64``, ``bool``) completes the columns that the model remembers nothing of; others outrank what it remembers.
+    guessed
+        Columns that only functions see (``find_opaque``), as they are taken to be.
 
     Raises
     ------
@@ -204,6 +214,7 @@ def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[M
     search = _Search()
     if names is not None:
         search.visit(estimator, list(names))
+    search.found.update((column.name, column) for column in guessed)
     columns = {name: search.found.get(name) or Column(name, "FP64", "float64") for name in names or ()}
     for spec in declared:
         name = str(spec["name"])
@@ -219,8 +230,21 @@ def find_table(estimator: Any, names: Sequence[str] | None, declared: Sequence[M
     return Table(taken, ignored)
 
 
+def find_opaque(estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = ()) -> list[list[Column]]:
+    """Return the columns that only functions see, so that nothing tells whether they are text: as texts, those of a function together."""
+    if names is None:
+        return []
+    search = _Search()
+    search.visit(estimator, list(names))
+    known = {*search.found, *(str(spec["name"]) for spec in declared)}
+    groups = [[column for name, column in group.items() if name not in known] for group in search.opaque]
+    return [group for group in groups if group]
+
+
 def _declared(spec: Mapping[str, Any], found: Column | None) -> Column:
     known = found.known if found is not None and found.datatype == spec["datatype"] else []
+    if found is not None and (found.datatype, found.dtype) == (spec["datatype"], spec["dtype"]) and not spec.get("categories"):
+        return found
     column = Column(str(spec["name"]), str(spec["datatype"]), str(spec["dtype"]), known)
     if column.dtype == "category":
         column.categories = list(spec.get("categories") or (found.categories if found else None) or known)
@@ -235,14 +259,18 @@ class _Search:
         self.found: dict[str, Column] = {}
         self.used: set[str] = set()
         self.dropped: set[str] = set()
+        self.opaque: list[dict[str, Column]] = []
 
     def visit(self, estimator: Any, names: list[str], depth: int = 0) -> None:
         if depth > 8 or isinstance(estimator, str):
             return
         steps = getattr(estimator, "steps", None)
         if isinstance(steps, list) and steps:
-            first = next((step for _, step in steps if step is not None and step != "passthrough"), None)
-            self.visit(first, names, depth + 1)
+            parts = [step for _, step in steps if step is not None and not isinstance(step, str) and not _is_identity(step)]
+            if parts and type(parts[0]).__name__ == "FunctionTransformer":
+                self._add_opaque(names, parts[1:])
+            elif parts:
+                self.visit(parts[0], names, depth + 1)
             return
         if hasattr(estimator, "transformers_"):
             self._visit_parts(estimator, names, depth)
@@ -263,6 +291,14 @@ class _Search:
             return
         self._read(estimator, names)
 
+    def _add_opaque(self, names: list[str], rest: Sequence[Any]) -> None:
+        """Note columns that a function sees first, each as the text that it might be: what is encoded behind it, if anything is."""
+        behind = _Search()
+        if rest:
+            behind.visit(rest[0], names)
+        texts = {name: column for name, column in behind.found.items() if column.datatype == "BYTES" and column.dtype == "object"}
+        self.opaque.append({name: texts.get(name) or Column(name, "BYTES", "object") for name in names})
+
     def _visit_parts(self, transformer: Any, names: list[str], depth: int) -> None:
         for _, part, selected in transformer.transformers_:
             columns = _selected(selected, names)
@@ -280,6 +316,9 @@ class _Search:
                 column.dtype, column.categories = "category", list(column.known)
 
     def _read(self, estimator: Any, names: list[str]) -> None:
+        if type(estimator).__name__ == "FunctionTransformer" and not _is_identity(estimator):
+            self._add_opaque(names, ())
+            return
         if any(kind.__module__ == _TEXT_MODULE for kind in type(estimator).__mro__):
             for name in names:
                 self._add(Column(name, "BYTES", "object"))
@@ -289,15 +328,24 @@ class _Search:
             if values is None or len(values) != len(names):
                 continue
             for name, known in zip(names, values):
-                column = _column_of(name, np.atleast_1d(np.asarray(known)), is_imputer=attribute == "statistics_")
-                if column is not None:
-                    self._add(column)
+                is_imputer = attribute == "statistics_"
+                column = _column_of(name, np.atleast_1d(np.asarray(known)), is_imputer)
+                if column is None:
+                    continue
+                stands = getattr(estimator, "missing_values", np.nan)
+                if is_imputer and is_missing(stands) and not isinstance(stands, float):
+                    column.missing = stands
+                self._add(column)
             return
 
     def _add(self, column: Column) -> None:
         before = self.found.get(column.name)
         if before is None or (before.datatype != "BYTES" and column.datatype == "BYTES") or not before.known:
             self.found[column.name] = column
+
+
+def _is_identity(estimator: Any) -> bool:
+    return type(estimator).__name__ == "FunctionTransformer" and getattr(estimator, "func", None) is None
 
 
 def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Column | None:
@@ -315,7 +363,11 @@ def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Col
     if all(isinstance(value, str) for value in there):
         return Column(name, "BYTES", "object", there, missing)
     if all(isinstance(value, bool) for value in there):
-        return Column(name, "BOOL", "bool", there)
+        if not is_imputer and len(there) == len(values):
+            return Column(name, "BOOL", "bool", there)
+        column = Column(name, "FP64", "boolean", missing=missing)
+        column.as_objects = True
+        return column
     if all(isinstance(value, (int, float)) for value in there):
         return None if is_imputer else Column(name, "FP64", "float64", there)
     raise LoadError("not_a_model", f"column '{name}' of the model holds text and numbers, which a request cannot tell apart")

@@ -8,10 +8,15 @@ import numpy as np
 import orjson
 import pandas as pd
 import pytest
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from libs.inference import examples, v1
@@ -205,3 +210,107 @@ def test_nullable_columns_hold_every_value_they_have() -> None:
     assert (str(booleans.dtype), booleans[:2].tolist(), booleans.isna().tolist()) == ("boolean", [True, False], [False, False, True])
     integers = Column("c", "FP64", "Int64").series(np.array([float(2**53 - 1), -3.0, np.nan]))
     assert (str(integers.dtype), integers[:2].tolist(), integers.isna().tolist()) == ("Int64", [2**53 - 1, -3], [False, False, True])
+
+
+@pytest.mark.parametrize("encoder", [OneHotEncoder(handle_unknown="ignore"), OrdinalEncoder()])
+def test_a_boolean_column_that_may_miss_values_takes_null(encoder: Any) -> None:
+    table = pd.DataFrame({"active": np.array([True, np.nan, False, True], dtype=object), "age": [1.0, 2, 3, 4]})
+    imputed = make_pipeline(SimpleImputer(strategy="most_frequent"), encoder)
+    model = make_pipeline(ColumnTransformer([("b", imputed, ["active"]), ("n", StandardScaler(), ["age"])]), LogisticRegression())
+    model.fit(table, [0, 1, 1, 0])
+    first = SklearnModel(model).describe()
+    served = SklearnModel(model, first)
+    assert served.describe() == first
+    signature = Signature.model_validate(first)
+    assert [(spec.name, spec.dtype) for spec in signature.inputs] == [("active", "boolean"), ("age", "float64")]
+    inputs = v1.from_document({"inputs": {"active": [True, None, False], "age": [1, 2, 3]}}, signature).inputs
+    assert np.array_equal(served.predict(inputs, ["predict_proba"])["predict_proba"], model.predict_proba(table[:3]))
+
+
+def test_an_encoder_that_knows_missing_booleans_takes_null() -> None:
+    table = pd.DataFrame({"active": np.array([True, None, False, True], dtype=object)})
+    model = make_pipeline(ColumnTransformer([("b", OneHotEncoder(), ["active"])]), LogisticRegression()).fit(table, [0, 1, 1, 0])
+    served = SklearnModel(model)
+    signature = Signature.model_validate(served.describe())
+    inputs = v1.from_document({"inputs": {"active": [None, True, None]}}, signature).inputs
+    expected = model.predict_proba(table.iloc[[1, 0, 1]])
+    assert np.array_equal(served.predict(inputs, ["predict_proba"])["predict_proba"], expected)
+
+
+@pytest.mark.parametrize("stands", [pd.NA])
+def test_a_missing_text_is_what_the_imputer_was_fitted_with(stands: Any) -> None:
+    table = pd.DataFrame({"city": np.array(["Paris", stands, "Lyon", "Paris"], dtype=object)})
+    imputer = SimpleImputer(strategy="constant", fill_value="?", missing_values=stands)
+    model = make_pipeline(ColumnTransformer([("t", make_pipeline(imputer, OneHotEncoder()), ["city"])]), LogisticRegression())
+    model.fit(table, [0, 1, 1, 0])
+    served = SklearnModel(model)
+    inputs = v1.from_document({"inputs": {"city": ["Paris", None]}}, Signature.model_validate(served.describe())).inputs
+    assert np.array_equal(served.predict(inputs, ["predict_proba"])["predict_proba"], model.predict_proba(table[:2]))
+
+
+def test_a_missing_text_for_a_vectorizer_is_a_refusal() -> None:
+    table = pd.DataFrame({"text": ["slow and late", "fast", "great", "late"]})
+    model = make_pipeline(ColumnTransformer([("w", TfidfVectorizer(), "text")]), LogisticRegression()).fit(table, [0, 1, 1, 0])
+    served = SklearnModel(model)
+    inputs = v1.from_document({"inputs": {"text": ["fast", None]}}, Signature.model_validate(served.describe())).inputs
+    with pytest.raises(InvalidInputError, match="invalid document"):
+        served.predict(inputs, ["predict"])
+
+
+def _lower(table: pd.DataFrame) -> pd.DataFrame:
+    return table.apply(lambda column: column.str.lower())
+
+
+def _letters(table: pd.DataFrame) -> pd.DataFrame:
+    return table.apply(lambda column: column.str.len())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_columns_behind_functions_are_text_where_the_functions_take_no_numbers(is_first: bool) -> None:
+    table = pd.DataFrame({"city": ["Paris", "lyon", "LYON", "paris"], "name": ["a", "bb", "ccc", "d"], "income": [1.0, 20, 300, 4]})
+    parts = [
+        ("t", make_pipeline(FunctionTransformer(_lower), OneHotEncoder()), ["city"]),
+        ("l", FunctionTransformer(_letters), ["name"]),
+        ("n", FunctionTransformer(np.log1p), ["income"]),
+    ]
+    columns: Any = ColumnTransformer(parts)
+    if is_first:
+        table = table[["city"]]
+        columns = make_pipeline(FunctionTransformer(_lower), OneHotEncoder())
+    model = make_pipeline(columns, LogisticRegression()).fit(table, [0, 1, 1, 0])
+    first = SklearnModel(model).describe()
+    assert SklearnModel(model, first).describe() == first
+    signature = Signature.model_validate(first)
+    assert {spec.name for spec in signature.inputs if spec.datatype == "BYTES"} == set(table) - {"income"}
+    served = SklearnModel(model, first)
+    inputs = v1.from_document({"inputs": {name: table[name].tolist() for name in table}}, signature).inputs
+    assert np.array_equal(served.predict(inputs, ["predict_proba"])["predict_proba"], model.predict_proba(table))
+
+
+def test_a_function_of_numbers_leaves_a_model_on_numbers() -> None:
+    table = pd.DataFrame({"a": [1.0, 2, 3, 4], "b": [0.0, 1, 0, 1]})
+    model = make_pipeline(FunctionTransformer(np.log1p), StandardScaler(), LogisticRegression()).fit(table, [0, 0, 1, 1])
+    signature = Signature.model_validate(SklearnModel(model).describe())
+    assert not signature.is_table
+    assert signature.feature_names == ("a", "b")
+
+
+def _odd(table: pd.DataFrame) -> pd.DataFrame:
+    if not table["city"].isin(["Paris", "Lyon"]).all():
+        raise TypeError("no city")
+    return pd.DataFrame({"n": table["city"].str.len()})
+
+
+def test_columns_that_nothing_tells_of_are_named_with_the_remedy() -> None:
+    table = pd.DataFrame({"city": ["Paris", "Lyon", "Lyon", "Paris"]})
+    model = make_pipeline(FunctionTransformer(_odd), LogisticRegression()).fit(table, [0, 1, 1, 0])
+    served = SklearnModel(model)
+    served.describe()
+    with pytest.raises(InvalidInputError, match=r"no city.*what belongs into 'city'.*--example.*--signature"):
+        served.predict({"input": np.array([[1.0]])}, ["predict"])
+    shown = examples.shown_columns({"instances": [{"city": "Paris"}]})
+    assert shown is not None
+    completed = SklearnModel(model, shown.model_dump(mode="json"))
+    signature = Signature.model_validate(completed.describe())
+    inputs = v1.from_document({"instances": [{"city": "Lyon"}]}, signature).inputs
+    assert completed.predict(inputs, ["predict"])["predict"].tolist() == [1]
