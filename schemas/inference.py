@@ -39,6 +39,16 @@ class TensorSpec(Contract):
     categories: tuple[bool | int | float | str, ...] | None = Field(default=None, description="Of a column of dtype `category`, in order.")
     optional: bool = Field(default=False, description="Whether a request may leave the column out.")
 
+    @property
+    def kind(self) -> str:
+        """What it is: a ``column`` of a table, or an ``input``."""
+        return "input" if self.dtype is None else "column"
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.kind} '{self.name}'"
+
 
 class Signature(Contract):
     """The inputs and outputs of a model version.

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from libs.inference.errors import InvalidInputError
+from libs.inference.errors import InvalidInputError, printable
 from libs.inference.tensors import Array
 from libs.runner.wire import NUMPY_DTYPES
 from schemas.inference import Datatype, Signature, TensorSpec
@@ -20,7 +20,8 @@ NULLABLE = ("boolean", "Int64")
 
 @lru_cache(maxsize=256)
 def _feature_specs(names: tuple[str, ...], datatype: Datatype) -> Mapping[str, TensorSpec]:
-    return {name: TensorSpec(name=name, datatype=datatype, shape=(-1,)) for name in names}
+    dtype = NUMPY_DTYPES[datatype].name
+    return {name: TensorSpec(name=name, datatype=datatype, shape=(-1,), dtype=dtype) for name in names}
 
 
 def specs_for(names: Collection[str], signature: Signature) -> Mapping[str, TensorSpec]:
@@ -79,7 +80,13 @@ def check_complete(given: Collection[str], specs: Mapping[str, TensorSpec]) -> N
     """Raise ``InvalidInputError`` for the first input that is not given, and is not optional."""
     for name, spec in specs.items():
         if name not in given and not spec.optional:
-            raise InvalidInputError(f"input '{name}' is missing")
+            raise InvalidInputError(f"{spec.label} is missing")
+
+
+def unknown_input(name: str, specs: Mapping[str, TensorSpec]) -> InvalidInputError:
+    """The error of a request that has an input, or a column, which the model does not know."""
+    kind = next(iter(specs.values())).kind
+    return InvalidInputError(f"the model has no {kind} '{printable(name, 80)}'; it has {', '.join(specs)}")
 
 
 def _check_rows(arrays: Mapping[str, Array]) -> None:

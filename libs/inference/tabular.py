@@ -363,7 +363,7 @@ def _arrays(table: _Table, signature: Signature, cells: _Cells) -> Arrays:
     if table.width == 1 and (len(spec.shape) != 2 or (table.names == names and signature.feature_names is None)):
         return {spec.name: _shaped(cells.column(table, 0, spec), spec)}
     if len(spec.shape) != 2:
-        raise InvalidInputError(f"input '{spec.name}' has the shape {list(spec.shape)}: it takes a table of one column, not {table.width}")
+        raise InvalidInputError(f"{spec.label} has the shape {list(spec.shape)}: it takes a table of one column, not {table.width}")
     order = list(range(table.width)) if signature.feature_names is None else _order(table, signature.feature_names)
     return {spec.name: check_shape(cells.matrix(table, order, spec), spec)}
 
@@ -417,7 +417,7 @@ class _JsonCells:
     def matrix(self, table: _Table, order: list[int], spec: TensorSpec) -> Array:
         in_order = order == list(range(table.width))
         rows = table.rows if in_order else [[row[column] for column in order] for row in table.rows]
-        return array_from_json(rows, spec.datatype, f"input '{spec.name}'")
+        return array_from_json(rows, spec.datatype, spec.label)
 
     def column(self, table: _Table, column: int, spec: TensorSpec) -> Array:
         return array_from_json([row[column] for row in table.rows], spec.datatype, table.label(column), may_miss=spec.dtype is not None)
@@ -448,7 +448,7 @@ class _TextCells:
             value = read(cell)
             if value is None:
                 shown = f"is {cell[:40]!r}" if cell.strip() else "is empty"
-                raise InvalidInputError(f"input '{spec.name}' expects {spec.datatype}; row {number}, {table.label(column)} {shown}")
+                raise InvalidInputError(f"{spec.label} expects {spec.datatype}; row {number}, {table.label(column)} {shown}")
             values.append(value)
         return array_from_json(values, spec.datatype, table.label(column))
 
@@ -462,7 +462,7 @@ class _TextCells:
                 array = np.array(attempt(cells), dtype=np.float64)
             except ValueError:
                 continue
-            return convert(array, target, spec.datatype, f"input '{spec.name}'")
+            return convert(array, target, spec.datatype, spec.label)
         return None
 
 
@@ -603,7 +603,7 @@ def _npy_entries(header: str) -> dict[str, str]:
 
 
 def _fitted(array: Array, spec: TensorSpec) -> Array:
-    what = f"input '{spec.name}'"
+    what = spec.label
     if (array.dtype.kind == "O") != (spec.datatype == "BYTES"):
         raise InvalidInputError(f"{what} expects {spec.datatype}; the array holds {'text' if array.dtype.kind == 'O' else 'numbers'}")
     if spec.datatype != "BYTES":

@@ -320,9 +320,9 @@ def check_shape(array: Array, spec: TensorSpec) -> Array:
         Another rank or dimension, or no rows at all.
     """
     if not has_shape(array.shape, spec.shape):
-        raise InvalidInputError(f"input '{spec.name}' expects shape {list(spec.shape)}, got {list(array.shape)}")
+        raise InvalidInputError(f"{spec.label} expects shape {list(spec.shape)}, got {list(array.shape)}")
     if array.size == 0:
-        raise InvalidInputError(f"input '{spec.name}' is empty: its shape is {list(array.shape)}")
+        raise InvalidInputError(f"{spec.label} is empty: its shape is {list(array.shape)}")
     return array
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_groups
-from libs.inference.columns import assembled, check_complete
+from libs.inference.columns import assembled, check_complete, unknown_input
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import Groups, InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
@@ -67,7 +67,7 @@ def _from_instances(instances: Any, signature: Signature) -> dict[str, Array]:
 def _rows(values: list[Any], spec: TensorSpec, field: str) -> Array:
     """Return rows as an array; a wrong row is looked for only once something is wrong."""
     try:
-        array = array_from_json(values, spec.datatype, f"input '{spec.name}'", may_miss=spec.dtype is not None)
+        array = array_from_json(values, spec.datatype, spec.label, may_miss=spec.dtype is not None)
     except InvalidInputError:
         _explain_rows(values, spec, field)
         raise
@@ -85,7 +85,7 @@ def _explain_rows(values: list[Any], spec: TensorSpec, field: str) -> None:
     for index, row in enumerate(values):
         shape = nested_shape(row)
         if shape is None or not has_shape(shape, wanted):
-            raise InvalidInputError(f"input '{spec.name}' expects {_expected(spec)}; {field}[{index}] {_got(row, shape, wanted)}")
+            raise InvalidInputError(f"{spec.label} expects {_expected(spec)}; {field}[{index}] {_got(row, shape, wanted)}")
 
 
 def _expected(spec: TensorSpec) -> str:
@@ -107,7 +107,7 @@ def _got(row: Any, shape: tuple[int, ...] | None, wanted: tuple[int, ...]) -> st
 
 
 def _names(signature: Signature) -> str:
-    return ", ".join(spec.name for spec in signature.inputs)
+    return f"{signature.inputs[0].kind}s {', '.join(spec.name for spec in signature.inputs)}"
 
 
 def _from_positions(instances: list[Any], signature: Signature) -> dict[str, Array]:
@@ -116,9 +116,7 @@ def _from_positions(instances: list[Any], signature: Signature) -> dict[str, Arr
     for index, row in enumerate(instances):
         if type(row) is not list or len(row) != count:
             got = f"has {len(row)} values" if isinstance(row, list) else f"is {show(row)}"
-            raise InvalidInputError(
-                f"each instance must be an object or a list with the inputs {_names(signature)}; instances[{index}] {got}"
-            )
+            raise InvalidInputError(f"each instance must be an object or a list with the {_names(signature)}; instances[{index}] {got}")
     return {
         spec.name: _rows([row[place] for row in instances], spec, f"'{spec.name}' of instances")
         for place, spec in enumerate(signature.inputs)
@@ -135,17 +133,17 @@ def _from_objects(instances: list[Any], signature: Signature) -> dict[str, Array
         ignored = set(signature.ignored_columns)
         instances = [{name: value for name, value in row.items() if name not in ignored} for row in instances]
     if signature.feature_names is not None and len(inputs) == 1 and not instances[0].keys() <= {spec.name}:
-        return {spec.name: _rows(list(map(list, _members(instances, signature.feature_names))), spec, "instances")}
+        return {spec.name: _rows(list(map(list, _members(instances, signature.feature_names, "column"))), spec, "instances")}
     optional = [each.name for each in signature.inputs if each.optional]
     if optional:
         absent = dict.fromkeys(optional)
         instances = [{**absent, **row} for row in instances]
-    columns = zip(*_members(instances, inputs), strict=True)
+    columns = zip(*_members(instances, inputs, spec.kind), strict=True)
     return {each.name: _rows(list(column), each, "instances") for each, column in zip(signature.inputs, columns, strict=True)}
 
 
-def _members(instances: list[dict[str, Any]], names: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The members of objects that each must have these names and no other."""
+def _members(instances: list[dict[str, Any]], names: Sequence[str], kind: str) -> list[tuple[Any, ...]]:
+    """The members of objects that each must have these names and no other; ``kind`` is what they name."""
     try:
         members = [(row[names[0]],) for row in instances] if len(names) == 1 else list(map(itemgetter(*names), instances))
     except KeyError:
@@ -153,17 +151,17 @@ def _members(instances: list[dict[str, Any]], names: Sequence[str]) -> list[tupl
     if not members or set(map(len, instances)) != {len(names)}:
         known = set(names)
         for index, row in enumerate(instances):
-            _check_keys(row, known, f"instances[{index}]")
+            _check_keys(row, known, f"instances[{index}]", kind)
     return members
 
 
-def _check_keys(row: dict[str, Any], known: set[str], what: str) -> None:
+def _check_keys(row: dict[str, Any], known: set[str], what: str, kind: str) -> None:
     if row.keys() == known:
         return
     missing, unknown = sorted(known - row.keys()), sorted(row.keys() - known)
     if missing:
-        raise InvalidInputError(f"{what} lacks '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    raise InvalidInputError(f"{what} has '{printable(unknown[0], 80)}', which the model does not know")
+        raise InvalidInputError(f"{what} lacks the {kind} '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    raise InvalidInputError(f"{what} has the {kind} '{printable(unknown[0], 80)}', which the model does not know")
 
 
 def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
@@ -171,7 +169,7 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
         raise InvalidInputError("'inputs' is in the V2 form; send it to the model's /v2 route")
     if not isinstance(columns, dict):
         if len(signature.inputs) > 1:
-            raise InvalidInputError(f"'inputs' must be an object with {_names(signature)}")
+            raise InvalidInputError(f"'inputs' must be an object with the {_names(signature)}")
         columns = {signature.inputs[0].name: columns}
     if signature.ignored_columns:
         columns = {name: values for name, values in columns.items() if name not in signature.ignored_columns}
@@ -180,7 +178,7 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
     if unknown and signature.feature_names is not None and len(known) == 1:
         return _from_features(columns, signature.feature_names, signature.inputs[0])
     if unknown:
-        raise InvalidInputError(f"the model has no input '{printable(min(unknown), 80)}'; it has {_names(signature)}")
+        raise unknown_input(min(unknown), {spec.name: spec for spec in signature.inputs})
     arrays: dict[str, Array] = {}
     check_complete(columns, {spec.name: spec for spec in signature.inputs})
     if not columns:
@@ -189,14 +187,14 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
         if spec.name not in columns:
             continue
         if not isinstance(columns[spec.name], list):
-            raise InvalidInputError(f"input '{spec.name}' must be a list, got {show(columns[spec.name])}")
+            raise InvalidInputError(f"{spec.label} must be a list, got {show(columns[spec.name])}")
         arrays[spec.name] = _rows(columns[spec.name], spec, spec.name)
     return assembled(arrays, signature)
 
 
 def _from_features(columns: dict[str, Any], names: tuple[str, ...], spec: TensorSpec) -> dict[str, Array]:
     """Columns by feature name, each with one value for each row."""
-    _check_keys(columns, set(names), "'inputs'")
+    _check_keys(columns, set(names), "'inputs'", "column")
     length = None
     for name in names:
         column = columns[name]

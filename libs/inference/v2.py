@@ -15,8 +15,8 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import every_output, object_or_empty, parse_object, requested_outputs
-from libs.inference.columns import NULLABLE, assembled, check_complete, specs_for
-from libs.inference.errors import InvalidInputError, printable
+from libs.inference.columns import NULLABLE, assembled, check_complete, specs_for, unknown_input
+from libs.inference.errors import InvalidInputError
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import (
     MAX_DIMENSIONS,
@@ -125,11 +125,11 @@ def _read_inputs(inputs: Any, signature: Signature, tail: memoryview | None) -> 
         spec = specs.get(name)
         if spec is None:
             if name not in signature.ignored_columns:
-                raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
+                raise unknown_input(name, specs)
             rest = _passed_over(item, rest)
             continue
         if name in arrays:
-            raise InvalidInputError(f"input '{name}' is given twice")
+            raise InvalidInputError(f"{spec.label} is given twice")
         arrays[name], rest = _read_input(item, spec, rest)
     if len(arrays) < len(specs):
         check_complete(arrays, specs)
@@ -142,12 +142,12 @@ def _passed_over(item: dict[str, Any], rest: memoryview) -> memoryview:
     """The bytes behind those of a column that the model does not use."""
     size = object_or_empty(item.get("parameters"), "parameters").get("binary_data_size", 0)
     if type(size) is not int or not 0 <= size <= len(rest):
-        raise InvalidInputError(f"input '{item['name']}' announces {show(size)} bytes; {len(rest)} are left after the JSON head")
+        raise InvalidInputError(f"column '{item['name']}' announces {show(size)} bytes; {len(rest)} are left after the JSON head")
     return rest[size:]
 
 
 def _read_input(item: dict[str, Any], spec: TensorSpec, rest: memoryview) -> tuple[Array, memoryview]:
-    what = f"input '{spec.name}'"
+    what = spec.label
     datatype = item.get("datatype")
     if not isinstance(datatype, str) or (datatype not in NUMPY_DTYPES and datatype != "BF16"):
         shown = repr(datatype[:40]) if isinstance(datatype, str) else show(datatype)

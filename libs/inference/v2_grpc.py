@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from libs.inference import v2
 from libs.inference.bodies import every_output, requested_outputs
-from libs.inference.columns import assembled, check_complete, specs_for
+from libs.inference.columns import assembled, check_complete, specs_for, unknown_input
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.oip_proto.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from libs.inference.requests import InferRequest, InferResponse
@@ -160,16 +160,16 @@ def _read_inputs(message: ModelInferRequest, signature: Signature, raw: Sequence
         if spec is None:
             if name in signature.ignored_columns:
                 continue
-            raise InvalidInputError(f"the model has no input '{printable(name, 80)}'; it has {', '.join(specs)}")
+            raise unknown_input(name, specs)
         if name in arrays:
-            raise InvalidInputError(f"input '{name}' is given twice")
+            raise InvalidInputError(f"{spec.label} is given twice")
         arrays[name] = _read_input(tensor, spec, raw[place] if raw else None)
     check_complete(arrays, specs)
     return assembled(arrays, signature)
 
 
 def _read_input(tensor: Tensor, spec: TensorSpec, raw: bytes | None) -> Array:
-    what, datatype = f"input '{spec.name}'", tensor.datatype
+    what, datatype = spec.label, tensor.datatype
     if datatype not in NUMPY_DTYPES and datatype != "BF16":
         raise InvalidInputError(f"{what} has datatype '{printable(datatype, 40)}', which is not one of {', '.join(NUMPY_DTYPES)}, BF16")
     shape = v2.read_shape(list(tensor.shape), spec, what)

@@ -11,16 +11,21 @@ _STRING: Schema = {"type": "string"}
 _OBJECT: Schema = {"type": "object"}
 _ANYTHING: Schema = {}
 _DATATYPES = (*NUMPY_DTYPES, "BF16")
-_NAMES: Schema = {"type": "array", "items": _STRING, "description": "Outputs to answer with; absent: the model's first."}
+_NAMES: Schema = {
+    "type": "array",
+    "items": _STRING,
+    "description": "Outputs to answer with; absent: the model's first. `predict_proba` stands for those of all targets.",
+}
 _ROWS: Schema = {
     "type": "array",
     "minItems": 1,
     "items": _ANYTHING,
-    "description": 'Rows: each a list, or an object by feature name or by input name; `{"b64": …}` stands for bytes.',
+    "description": "Rows: each a list, or an object by column (of a model on a table, or one that was trained with names) or by input "
+    'name. Optional columns may be left out; `null` is a missing value, and `{"b64": …}` stands for bytes.',
 }
 _COLUMNS: Schema = {
     "type": ["array", "object"],
-    "description": "The rows of the model's one input, or an object of columns by input name or feature name.",
+    "description": "The rows of the model's one input, or an object of lists: the columns of a table by their names, or whole inputs.",
 }
 _VERSION_STATUS: Schema = {
     "type": "object",
@@ -30,7 +35,16 @@ _VERSION_STATUS: Schema = {
 _SPEC: Schema = {
     "type": "object",
     "required": ["name", "datatype", "shape"],
-    "properties": {"name": _STRING, "datatype": _STRING, "shape": {"type": "array", "items": {"type": "integer", "minimum": -1}}},
+    "properties": {
+        "name": _STRING,
+        "datatype": _STRING,
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": -1}},
+        "parameters": {
+            "type": "object",
+            "description": "Of a column of a table: its dtype, and whether a request may leave it out. Of a matrix: its columns by name.",
+            "properties": {"dtype": _STRING, "optional": {"const": True}, "columns": {"type": "array", "items": _STRING}},
+        },
+    },
 }
 
 
@@ -96,8 +110,15 @@ SCHEMAS: Mapping[str, Schema] = {
         "inputs",
         id={"type": ["string", "null"], "description": "Comes back in the answer."},
         parameters=_object(binary_data_output={"type": "boolean"}),
-        inputs={**_list(ref("V2Input")), "minItems": 1},
-        outputs=_list(_object("name", name=_STRING, parameters=_object(binary_data={"type": "boolean"}))),
+        inputs={
+            **_list(ref("V2Input")),
+            "minItems": 1,
+            "description": "A tensor for each input; of a table (or a matrix with names) one for each column. The metadata names them.",
+        },
+        outputs={
+            **_list(_object("name", name=_STRING, parameters=_object(binary_data={"type": "boolean"}))),
+            "description": "Outputs to answer with; absent or empty: all of them.",
+        },
     ),
     "V2Input": _object(
         "name shape datatype",
@@ -122,7 +143,7 @@ SCHEMAS: Mapping[str, Schema] = {
         name=_STRING,
         versions=_list(_STRING),
         platform=_STRING,
-        inputs=_list(_SPEC),
+        inputs={**_list(_SPEC), "description": "One input for each column where the model is on a table, else its tensors."},
         outputs=_list(_SPEC),
     ),
     "V2Ready": _object("name ready", name=_STRING, ready={"const": True}),
@@ -179,17 +200,25 @@ _TENSOR = {"name": "input", "shape": [1, 4], "datatype": "FP64"}
 EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     "V1Request": {
         "rows": {"instances": _IRIS},
-        "rows by feature": {"instances": [{"age": 34, "height": 1.76}]},
+        "rows by column": {"instances": [{"age": 34, "city": "Lyon"}]},
         "other outputs": {"instances": _IRIS, "outputs": ["predict_proba"]},
-        "columns": {"inputs": {"age": [34], "height": [1.76]}},
+        "columns": {"inputs": {"age": [34, None], "city": ["Lyon", "Paris"]}},
     },
-    "V2Request": {"one input": {"id": "42", "inputs": [{**_TENSOR, "data": _IRIS[0]}], "outputs": [{"name": "predict"}]}},
+    "V2Request": {
+        "one input": {"id": "42", "inputs": [{**_TENSOR, "data": _IRIS[0]}], "outputs": [{"name": "predict"}]},
+        "columns of a table": {
+            "inputs": [
+                {"name": "age", "shape": [2], "datatype": "FP64", "data": [34, None]},
+                {"name": "city", "shape": [2], "datatype": "BYTES", "data": ["Lyon", "Paris"]},
+            ]
+        },
+    },
     "VertexRequest": {"rows": {"instances": _IRIS}, "other outputs": {"instances": _IRIS, "parameters": {"outputs": ["predict_proba"]}}},
     "RawRequest": {"V1": {"instances": _IRIS}, "V2": {"inputs": [{**_TENSOR, "data": _IRIS[0]}]}},
     "ScoringRequest": {
         "instances": {"instances": _IRIS},
-        "a data frame": {"dataframe_split": {"columns": ["age", "height"], "data": [[34, 1.76]]}},
-        "records": {"dataframe_records": [{"age": 34, "height": 1.76}]},
+        "a data frame": {"dataframe_split": {"columns": ["age", "city"], "data": [[34, "Lyon"]]}},
+        "records": {"dataframe_records": [{"age": 34, "city": "Lyon"}]},
     },
     "CloudEvent": {"rows": {"specversion": "1.0", "id": "1", "source": "/me", "type": "ask", "data": {"instances": _IRIS}}},
     "V2IndexRequest": {"ready": {"ready": True}},

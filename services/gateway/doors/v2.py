@@ -130,7 +130,7 @@ class _Told:
                 "name": target.endpoint_name,
                 "versions": [str(version) for version in sorted(versions)],
                 "platform": shown.format.value,
-                "inputs": [_tensor(spec) for spec in shown.signature.inputs],
+                "inputs": [_tensor(spec, shown.signature.feature_names) for spec in shown.signature.inputs],
                 "outputs": [_tensor(spec) for spec in shown.signature.outputs],
             }
         )
@@ -204,14 +204,25 @@ class _Told:
         return max(deployments, key=lambda deployment: (traffic.get(deployment.deployment_id, 0), deployment.version))
 
 
-def _tensor(spec: TensorSpec) -> dict[str, object]:
+def _tensor(spec: TensorSpec, columns: tuple[str, ...] | None = None) -> dict[str, object]:
+    """A tensor; ``parameters`` tell the dtype of a column and whether it may be left out, or the ``columns`` that a matrix has by name."""
     described: dict[str, object] = {"name": spec.name, "datatype": spec.datatype.value, "shape": list(spec.shape)}
-    return described if not spec.optional else {**described, "parameters": {"optional": True}}
+    parameters: dict[str, object] = {"columns": list(columns)} if columns is not None else {}
+    if spec.dtype is not None:
+        parameters = {"dtype": spec.dtype, **({"optional": True} if spec.optional else {})}
+    return {**described, "parameters": parameters} if parameters else described
 
 
 def _configured(spec: TensorSpec, is_batched: bool) -> dict[str, object]:
     datatype = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype.value}"
-    return {"name": spec.name, "data_type": datatype, "dims": list(spec.shape[1:] if is_batched else spec.shape) or [1]}
+    configured: dict[str, object] = {
+        "name": spec.name,
+        "data_type": datatype,
+        "dims": list(spec.shape[1:] if is_batched else spec.shape) or [1],
+    }
+    if spec.optional:
+        configured["optional"] = True
+    return configured
 
 
 def _entry(deployment: DeploymentSnapshot) -> dict[str, str]:

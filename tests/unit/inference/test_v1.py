@@ -130,6 +130,29 @@ def test_a_body_that_does_not_fit_is_refused_with_the_reason(document: object, m
     assert refusal(document) == message
 
 
+AGE = TensorSpec(name="age", datatype=Datatype.FP64, shape=(-1,), dtype="float64")
+CITY = TensorSpec(name="city", datatype=Datatype.BYTES, shape=(-1,), dtype="object")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"instances": [{"age": "old", "city": "Lyon"}]}, "column 'age' expects FP64; element [0] is the string 'old'"),
+        ({"instances": [{"age": 1, "city": 2}]}, "column 'city' expects strings (BYTES); element [0] is 2"),
+        ({"instances": [{"age": [1], "city": "Lyon"}]}, "column 'age' expects one number per row; instances[0] is a list of 1"),
+        ({"instances": [{"age": 1}]}, "instances[0] lacks the column 'city'"),
+        ({"instances": [{"age": 1, "city": "Lyon", "zip": "0"}]}, "instances[0] has the column 'zip', which the model does not know"),
+        ({"instances": [[1]]}, "each instance must be an object or a list with the columns age, city; instances[0] has 1 values"),
+        ({"inputs": {"age": [1]}}, "column 'city' is missing"),
+        ({"inputs": {"age": 1, "city": ["Lyon"]}}, "column 'age' must be a list, got 1"),
+        ({"inputs": {"age": [1], "city": ["Lyon"], "zip": [1]}}, "the model has no column 'zip'; it has age, city"),
+        ({"inputs": [1]}, "'inputs' must be an object with the columns age, city"),
+    ],
+)
+def test_what_does_not_fit_a_table_is_told_of_its_columns(document: object, message: str) -> None:
+    assert refusal(document, signature(AGE, CITY)) == message
+
+
 def test_a_body_that_is_not_json_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="not valid JSON"):
         v1.parse(b"{instances", signature())
@@ -137,8 +160,11 @@ def test_a_body_that_is_not_json_is_refused() -> None:
 
 def test_objects_must_have_every_feature_and_no_other() -> None:
     given = signature(feature_names=("a", "b", "c"))
-    assert refusal({"instances": [{"a": 1, "b": 2, "c": 3}, {"a": 1}]}, given) == "instances[1] lacks 'b' and 1 more"
-    assert refusal({"instances": [{"a": 1, "b": 2, "c": 3, "d": 4}]}, given) == "instances[0] has 'd', which the model does not know"
+    assert refusal({"instances": [{"a": 1, "b": 2, "c": 3}, {"a": 1}]}, given) == "instances[1] lacks the column 'b' and 1 more"
+    assert (
+        refusal({"instances": [{"a": 1, "b": 2, "c": 3, "d": 4}]}, given)
+        == "instances[0] has the column 'd', which the model does not know"
+    )
     assert refusal({"instances": [{"a": 1, "b": 2, "c": 3}, [1]]}, given).startswith("instances[0] is an object, so instances[1]")
 
 
@@ -173,8 +199,8 @@ def test_columns_by_input_name_and_by_feature_name() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"a": [1], "b": [2]}, "'inputs' lacks 'c'"),
-        ({"a": [1], "b": [2], "c": [3], "d": [4]}, "'inputs' has 'd', which the model does not know"),
+        ({"a": [1], "b": [2]}, "'inputs' lacks the column 'c'"),
+        ({"a": [1], "b": [2], "c": [3], "d": [4]}, "'inputs' has the column 'd', which the model does not know"),
         ({"a": [1], "b": [2], "c": 3}, "column 'c' of 'inputs' must be a list, got 3"),
         ({"a": [1], "b": [2], "c": [3, 4]}, "column 'c' of 'inputs' has 2 values, the columns before it have 1"),
         ({"a": [], "b": [], "c": []}, "the columns of 'inputs' are empty"),

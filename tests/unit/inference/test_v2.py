@@ -240,9 +240,9 @@ def test_columns_that_are_missing_or_of_different_lengths_are_refused_by_name() 
         return {"name": name, "shape": [len(values)], "datatype": "FP64", "data": list(values)}
 
     for columns, message in (
-        ([column("a", 1), column("b", 1)], "input 'c' is missing"),
+        ([column("a", 1), column("b", 1)], "column 'c' is missing"),
         ([column("a", 1), column("b", 1), column("c", 1, 2)], "column 'c' has 2 values, column 'a' has 1"),
-        ([column("a", 1), column("b", 1), column("c", 1), column("d", 1)], "the model has no input 'd'; it has a, b, c"),
+        ([column("a", 1), column("b", 1), column("c", 1), column("d", 1)], "the model has no column 'd'; it has a, b, c"),
     ):
         with pytest.raises(InvalidInputError) as raised:
             v2.parse(json.dumps({"inputs": columns}).encode(), NAMED)
@@ -258,3 +258,22 @@ def test_a_column_may_have_the_name_of_the_matrix() -> None:
     named = signature().model_copy(update={"feature_names": ("a", "input", "c")})
     tensors = [{"name": name, "shape": [1], "datatype": "FP64", "data": [value]} for name, value in (("a", 1), ("input", 2), ("c", 3))]
     assert v2.parse(json.dumps({"inputs": tensors}).encode(), named).inputs["input"].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([("age", "FP64", [1]), ("zip", "FP64", [1])], "the model has no column 'zip'; it has age, city"),
+        ([("age", "FP64", [1])], "column 'city' is missing"),
+        ([("age", "FP64", [1]), ("age", "FP64", [1])], "column 'age' is given twice"),
+        ([("age", "BYTES", ["old"])], "column 'age' expects FP64, got BYTES"),
+        ([("age", "FP7", [1])], "column 'age' has datatype 'FP7', which is not one of"),
+        ([("city", "BYTES", [7])], "column 'city' expects strings (BYTES); element [0] is 7"),
+    ],
+)
+def test_what_does_not_fit_a_table_is_told_of_its_columns(tensors: list[tuple[str, str, list[object]]], message: str) -> None:
+    age = TensorSpec(name="age", datatype=Datatype.FP64, shape=(-1,), dtype="float64")
+    city = TensorSpec(name="city", datatype=Datatype.BYTES, shape=(-1,), dtype="object")
+    inputs = [{"name": name, "datatype": datatype, "shape": [len(data)], "data": data} for name, datatype, data in tensors]
+    said = refusal(json.dumps({"inputs": inputs}).encode(), Signature(inputs=(age, city), outputs=(age,)))
+    assert said.startswith(message)

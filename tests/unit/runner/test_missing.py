@@ -90,11 +90,11 @@ def test_the_length_of_a_missing_text_is_refused_from_outside() -> None:
     item = {"name": "city", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 4}}
     head = json.dumps({"inputs": [item]}).encode()
     single = Signature(inputs=COLUMNS[1:2], outputs=COLUMNS[:1])
-    with pytest.raises(InvalidInputError, match="input 'city' ends inside element 0"):
+    with pytest.raises(InvalidInputError, match="column 'city' ends inside element 0"):
         v2.parse(head + WIRE_MISSING, single, len(head))
     tensor = ModelInferRequest.InferInputTensor(name="city", datatype="BYTES", shape=[1])
     message = ModelInferRequest(model_name="m", inputs=[tensor], raw_input_contents=[WIRE_MISSING])
-    with pytest.raises(InvalidInputError, match="input 'city' ends inside element 0"):
+    with pytest.raises(InvalidInputError, match="column 'city' ends inside element 0"):
         v2_grpc.parse(message.SerializeToString(), single)
 
 
@@ -175,9 +175,9 @@ def test_an_optional_column_may_be_left_out_in_every_form() -> None:
         assert request.inputs["city"].tolist() == [b"Paris", b"Lyon"], form
         assert request.inputs["plan"].tolist() == [None, None], form
         assert all(np.isnan(request.inputs[name]).tolist() == [True, True] for name in ("age", "active", "visits")), form
-    with pytest.raises(InvalidInputError, match="input 'city' is missing"):
+    with pytest.raises(InvalidInputError, match="column 'city' is missing"):
         v1.parse(b'{"inputs": {"plan": ["a"]}}', signature)
-    with pytest.raises(InvalidInputError, match="lacks 'city'"):
+    with pytest.raises(InvalidInputError, match="lacks the column 'city'"):
         v1.parse(b'{"instances": [{"plan": "a"}]}', signature)
     with pytest.raises(InvalidInputError, match="lacks the column 'city'"):
         tabular.parse_csv(b"plan,age\na,1\n", signature, header=True)

@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
-from schemas.inference import TensorSpec
-from services.gateway.doors import v2
+from schemas.inference import Signature, TensorSpec
+from tests.unit.gateway import conftest
 
 TENSOR = struct.pack("<2d", 1.5, 2.0)
 
@@ -212,6 +212,23 @@ async def test_bytes_are_taken_and_what_is_plainly_something_else_is_a_415(world
             assert (answer.status_code, list(answer.json())) == (415, ["error"])
 
 
-def test_metadata_says_which_columns_are_optional():
+async def test_metadata_speaks_of_columns(world, monkeypatch):
     city = TensorSpec(name="city", datatype="BYTES", shape=(-1,), dtype="object", optional=True)
-    assert v2._tensor(city) == {"name": "city", "datatype": "BYTES", "shape": [-1], "parameters": {"optional": True}}
+    age = TensorSpec(name="age", datatype="FP64", shape=(-1,), dtype="float64")
+    monkeypatch.setattr(conftest, "SIGNATURE", Signature(inputs=(city, age), outputs=conftest.SIGNATURE.outputs))
+    await world.deployed(0.0)
+    assert (await world.http.get("/v2/models/cancer")).json()["inputs"] == [
+        {"name": "city", "datatype": "BYTES", "shape": [-1], "parameters": {"dtype": "object", "optional": True}},
+        {"name": "age", "datatype": "FP64", "shape": [-1], "parameters": {"dtype": "float64"}},
+    ]
+    assert (await world.http.get("/v2/models/cancer/config")).json()["input"] == [
+        {"name": "city", "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+        {"name": "age", "data_type": "TYPE_FP64", "dims": [1]},
+    ]
+
+
+async def test_metadata_names_the_columns_of_a_matrix(world, monkeypatch):
+    monkeypatch.setattr(conftest, "SIGNATURE", conftest.SIGNATURE.model_copy(update={"feature_names": ("a", "b")}))
+    await world.deployed(0.0)
+    (matrix,) = (await world.http.get("/v2/models/cancer")).json()["inputs"]
+    assert matrix == {"name": "input", "datatype": "FP64", "shape": [-1, 2], "parameters": {"columns": ["a", "b"]}}
