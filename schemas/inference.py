@@ -56,6 +56,7 @@ class Signature(Contract):
     ``outputs[0]`` is the default answer of V1: the one a request gets that names no outputs; in V2 it gets all.
     ``feature_names`` are the columns of the single two-dimensional input, if the model was trained with names.
     ``ignored_columns`` are columns of the training table that the model does not use: requests may have them, with any values.
+    ``training_columns`` are all columns of that table in order, if some are ignored: values without names may be in this order.
     ``batchable`` says that rows are independent, so requests may be joined and cut; the trial found it so.
     """
 
@@ -63,6 +64,7 @@ class Signature(Contract):
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     feature_names: tuple[str, ...] | None = None
     ignored_columns: tuple[str, ...] = ()
+    training_columns: tuple[str, ...] = ()
     batchable: bool = True
 
     @property

@@ -4,13 +4,13 @@ A model on a table has one input for each column. A model on numbers that was tr
 name as well.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from libs.inference.errors import InvalidInputError, printable
-from libs.inference.tensors import Array
+from libs.inference.tensors import Array, convert
 from libs.runner.wire import NUMPY_DTYPES
 from schemas.inference import Datatype, Signature, TensorSpec
 
@@ -24,8 +24,10 @@ def _feature_specs(names: tuple[str, ...], datatype: Datatype) -> Mapping[str, T
     return {name: TensorSpec(name=name, datatype=datatype, shape=(-1,), dtype=dtype) for name in names}
 
 
-def specs_for(names: Collection[str], signature: Signature) -> Mapping[str, TensorSpec]:
+def specs_for(names: Sequence[str], signature: Signature) -> Mapping[str, TensorSpec]:
     """The inputs that a request with these names gives, by name: the signature's own, the columns of its matrix, or its only input.
+
+    A table that has no texts may be given as one matrix, too.
 
     Examples
     --------
@@ -35,6 +37,10 @@ def specs_for(names: Collection[str], signature: Signature) -> Mapping[str, Tens
     (['a', 'b'], 'input')
     """
     specs = {spec.name: spec for spec in signature.inputs}
+    if signature.is_table and len(specs) > 1 and len(names) == 1 and names[0] not in specs and names[0] not in signature.ignored_columns:
+        if all(spec.datatype != Datatype.BYTES for spec in signature.inputs):
+            return {names[0]: TensorSpec(name=names[0], datatype=Datatype.FP64, shape=(-1, -1))}
+        return specs
     if len(specs) > 1 or specs.keys() >= set(names):
         return specs
     (spec,) = signature.inputs
@@ -53,6 +59,10 @@ def assembled(arrays: dict[str, Array], signature: Signature) -> dict[str, Array
         Columns differ in how many rows they have.
     """
     if signature.is_table:
+        if len(arrays) == 1:
+            ((name, array),) = arrays.items()
+            if array.ndim == 2:
+                return _columns_of(array, name, signature)
         _check_rows(arrays)
         return arrays if len(arrays) == len(signature.inputs) else completed(arrays, signature)
     own = [spec.name for spec in signature.inputs]
@@ -64,6 +74,34 @@ def assembled(arrays: dict[str, Array], signature: Signature) -> dict[str, Array
         return {own[0]: np.stack([arrays[name] for name in features], axis=1)}
     (only,) = arrays.values()
     return {own[0]: only}
+
+
+def _columns_of(array: Array, name: str, signature: Signature) -> dict[str, Array]:
+    order = places(array.shape[1], signature)
+    if order is None:
+        raise InvalidInputError(f"input '{name}' has {array.shape[1]} columns; {_wanted(signature)}")
+    return {
+        spec.name: convert(array[:, place], NUMPY_DTYPES[spec.datatype], spec.datatype.value, f"column '{spec.name}'")
+        for spec, place in zip(signature.inputs, order, strict=True)
+    }
+
+
+def places(width: int, signature: Signature) -> Sequence[int] | None:
+    """Where the inputs stand among so many columns without names: in their own order, or in that of the whole training table.
+
+    None: there are neither so many inputs nor so many columns of the training table.
+    """
+    if width == len(signature.inputs):
+        return range(width)
+    if not width or width != len(signature.training_columns):
+        return None
+    found = {name: place for place, name in enumerate(signature.training_columns)}
+    return [found[spec.name] for spec in signature.inputs]
+
+
+def _wanted(signature: Signature) -> str:
+    whole = signature.training_columns
+    return f"the model takes {len(signature.inputs)}" + (f", or the {len(whole)} of its training table" if whole else "")
 
 
 def completed(arrays: dict[str, Array], signature: Signature) -> dict[str, Array]:

@@ -24,7 +24,7 @@ import orjson
 from libs.errors import PayloadTooLargeError
 from libs.inference import v1
 from libs.inference.bodies import check_size, object_or_empty, parse_bounded, requested_groups
-from libs.inference.columns import completed
+from libs.inference.columns import completed, places
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, convert, show
@@ -200,11 +200,12 @@ def parse_npy(body: bytes | bytearray | memoryview, signature: Signature) -> Inf
     """
     array = read_npy(body)
     specs = signature.inputs
-    if len(specs) == 1:
+    if len(specs) == 1 and (array.ndim != 2 or not signature.is_table):
         return InferRequest({specs[0].name: _fitted(array, specs[0])})
-    if array.ndim != 2 or array.shape[1] != len(specs):
+    order = places(array.shape[1], signature) if array.ndim == 2 else None
+    if order is None:
         raise InvalidInputError(f"the model has {len(specs)} inputs, so the array must have as many columns; its shape is {array.shape}")
-    return InferRequest({spec.name: _fitted(array[:, index], spec) for index, spec in enumerate(specs)})
+    return InferRequest({spec.name: _fitted(array[:, place], spec) for spec, place in zip(specs, order, strict=True)})
 
 
 def check_writable(request: InferRequest, signature: Signature, form: str) -> None:
@@ -352,11 +353,11 @@ def _arrays(table: _Table, signature: Signature, cells: _Cells) -> Arrays:
     names = [spec.name for spec in specs]
     if signature.ignored_columns and table.names is not None:
         table = _without(table, set(signature.ignored_columns))
-    if len(specs) > 1:
+    if len(specs) > 1 or (signature.is_table and table.width > 1):
         there = set(table.names or ())
         if not there.isdisjoint(names):
             specs = tuple(spec for spec in specs if not spec.optional or spec.name in there)
-        order = _order(table, [spec.name for spec in specs])
+        order = _places(table, signature) or _order(table, [spec.name for spec in specs])
         arrays = {spec.name: _shaped(cells.column(table, column, spec), spec) for spec, column in zip(specs, order, strict=True)}
         return arrays if len(arrays) == len(names) else completed(arrays, signature)
     spec = specs[0]
@@ -366,6 +367,15 @@ def _arrays(table: _Table, signature: Signature, cells: _Cells) -> Arrays:
         raise InvalidInputError(f"{spec.label} has the shape {list(spec.shape)}: it takes a table of one column, not {table.width}")
     order = list(range(table.width)) if signature.feature_names is None else _order(table, signature.feature_names)
     return {spec.name: check_shape(cells.matrix(table, order, spec), spec)}
+
+
+def _places(table: _Table, signature: Signature) -> Sequence[int] | None:
+    """Where each column stands in a whole training table without names, or with names that only count; None: it is something else."""
+    counted = list(map(str, range(table.width)))
+    if table.width != len(signature.training_columns) or (table.names is not None and sorted(table.names) != sorted(counted)):
+        return None
+    by_name = {name: place for place, name in enumerate(table.names or counted)}
+    return [by_name[str(place)] for place in places(table.width, signature) or ()]
 
 
 def _without(table: _Table, names: set[str]) -> _Table:

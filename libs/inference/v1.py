@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from libs.inference.bodies import object_or_empty, parse_object, requested_groups
-from libs.inference.columns import assembled, check_complete, unknown_input
+from libs.inference.columns import assembled, check_complete, places, unknown_input
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import Groups, InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, has_shape, json_ready, nested_shape, show
@@ -59,7 +59,7 @@ def _from_instances(instances: Any, signature: Signature) -> dict[str, Array]:
     first = instances[0]
     if type(first) is dict and not (spec.datatype == "BYTES" and list(first) == ["b64"]):
         return _from_objects(instances, signature)
-    if len(signature.inputs) > 1:
+    if len(signature.inputs) > 1 or (signature.is_table and type(first) is list):
         return _from_positions(instances, signature)
     return {spec.name: _rows(instances, spec, "instances")}
 
@@ -111,15 +111,17 @@ def _names(signature: Signature) -> str:
 
 
 def _from_positions(instances: list[Any], signature: Signature) -> dict[str, Array]:
-    """Rows as lists, for a model of several inputs: one value for each, in the signature's order."""
-    count = len(signature.inputs)
+    """Rows as lists, for a model of several inputs: one value for each, in the signature's order or that of the whole training table."""
+    first = instances[0]
+    order = places(len(first), signature) if type(first) is list else None
+    count = None if order is None else len(first)
     for index, row in enumerate(instances):
         if type(row) is not list or len(row) != count:
             got = f"has {len(row)} values" if isinstance(row, list) else f"is {show(row)}"
             raise InvalidInputError(f"each instance must be an object or a list with the {_names(signature)}; instances[{index}] {got}")
     return {
         spec.name: _rows([row[place] for row in instances], spec, f"'{spec.name}' of instances")
-        for place, spec in enumerate(signature.inputs)
+        for spec, place in zip(signature.inputs, order or (), strict=True)
     }
 
 
@@ -168,6 +170,8 @@ def _from_columns(columns: Any, signature: Signature) -> dict[str, Array]:
     if isinstance(columns, list) and columns and isinstance(columns[0], dict) and "datatype" in columns[0]:
         raise InvalidInputError("'inputs' is in the V2 form; send it to the model's /v2 route")
     if not isinstance(columns, dict):
+        if signature.is_table and isinstance(columns, list) and columns and isinstance(columns[0], list):
+            return _from_positions(columns, signature)
         if len(signature.inputs) > 1:
             raise InvalidInputError(f"'inputs' must be an object with the {_names(signature)}")
         columns = {signature.inputs[0].name: columns}

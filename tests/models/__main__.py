@@ -23,7 +23,8 @@ Each model is trained on a table, uploaded, deployed, and asked for the same row
 model's own `predict` on the same DataFrame. `python -m tests.models --table docs/models.md` writes this page.
 
 *ok*: equal answers. *–*: the protocol names columns, and the model was trained without names. *refused*: a 400 that says why; a list for
-each row holds the columns that the model uses, in the order of its metadata, which is not always the order of the whole table.
+each row holds the columns that the model uses, in the order of its metadata, or all columns of the training table in theirs; the keys of a
+`DictVectorizer` have no order but that of the metadata.
 """
 
 

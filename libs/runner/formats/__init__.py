@@ -2,7 +2,7 @@
 
 Signature as a dictionary: ``{"inputs": [{"name", "datatype", "shape"}], "outputs": […], "feature_names": [str] | None}``; a
 dimension of any size is -1. The first output is what a request gets that names none. An input with a ``dtype`` is a column of a table;
-``ignored_columns`` are those that the model does not use.
+``ignored_columns`` are those that the model does not use, ``training_columns`` then all of them in order.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class SklearnModel:
         self._takes_text = _takes_text(estimator)
         self._feature_names = _feature_names(estimator)
         self._frame = _frame_maker(estimator, self._feature_names)
-        self._declared = [spec for spec in (declared or {}).get("inputs", ()) if spec.get("dtype")]
+        self._declared = list((declared or {}).get("inputs", ()))
         self._table: Table | None = None if self._takes_text else find_table(estimator, self._feature_names, self._declared)
         self._opaque = [] if self._takes_text else find_opaque(estimator, self._feature_names, self._declared)
         self._sources: dict[str, tuple[str, int | None]] = {}
@@ -79,7 +79,13 @@ class SklearnModel:
             raise LoadError("not_a_model", f"{_type_name(self._estimator)} gives no answer that is an array")
         if self._table is not None:
             inputs = [column.describe() for column in self._table.columns]
-            return {"inputs": inputs, "outputs": outputs, "feature_names": None, "ignored_columns": self._table.ignored}
+            return {
+                "inputs": inputs,
+                "outputs": outputs,
+                "feature_names": None,
+                "ignored_columns": self._table.ignored,
+                "training_columns": self._table.order,
+            }
         if self._takes_text:
             input_spec = {"name": INPUT_NAME, "datatype": "BYTES", "shape": [-1]}
         else:
@@ -116,6 +122,8 @@ class SklearnModel:
 
     def _guess_columns(self, n_features: int) -> None:
         """Find out which of the columns that only functions see are text, when they do not take them all for numbers."""
+        if any(not spec.get("dtype") for spec in self._declared):
+            return  # it takes a matrix
         for is_text in islice(product((False, True), repeat=len(self._opaque)), _MOST_GUESSES):
             texts = [column for group, flag in zip(self._opaque, is_text) if flag for column in group]
             before, self._table = self._table, find_table(self._estimator, self._feature_names, self._declared, texts)

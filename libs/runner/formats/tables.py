@@ -1,7 +1,7 @@
 """Which typed columns a fitted scikit-learn model takes, and the DataFrame that is made of them.
 
 What the model was fitted on is read from what its transformers remember: the categories of encoders, the statistics of imputers, the kind
-of the vectorizers. A model whose columns are all numbers has no table here; it takes one matrix.
+of the vectorizers. A model whose columns are all numbers, and all used, has no table here; it takes one matrix.
 """
 
 from __future__ import annotations
@@ -150,13 +150,16 @@ class Table:
     ----------
     ignored
         Columns that the model does not use.
+    order
+        All columns of the training table, if it has such.
     as_dicts
         Whether the model takes a list of dictionaries instead of a DataFrame.
     """
 
-    def __init__(self, columns: Sequence[Column], ignored: Sequence[str] = (), as_dicts: bool = False) -> None:
+    def __init__(self, columns: Sequence[Column], ignored: Sequence[str] = (), order: Sequence[str] = (), as_dicts: bool = False) -> None:
         self.columns = list(columns)
         self.ignored = list(ignored)
+        self.order = list(order)
         self._as_dicts = as_dicts
 
     def made_up(self, count: int) -> Arrays:
@@ -191,15 +194,16 @@ def _objects(values: Sequence[Any]) -> np.ndarray[Any, Any]:
 def find_table(
     estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = (), guessed: Sequence[Column] = ()
 ) -> Table | None:
-    """Return the table that a fitted model takes; None when all of it is numbers, or columns have no names.
+    """Return the table that a fitted model takes; None when all of it is numbers that the model uses, or columns have no names.
 
     Parameters
     ----------
     names
         The columns of training, in order (``feature_names_in_``).
     declared
-        Inputs with a ``dtype``: as the uploader declares them, as the example shows them, or as they were found in the trial. A plain dtype
-        (``object``, ``float64``, ``bool``) completes the columns that the model remembers nothing of; others outrank what it remembers.
+        Inputs, columns having a ``dtype``: as the uploader declares them, as the example shows them, or as they were found in the trial. A
+        plain dtype (``object``, ``float64``, ``bool``) completes the columns that the model remembers nothing of; others outrank what it
+        remembers.
     guessed
         Columns that only functions see (``find_opaque``), as they are taken to be.
 
@@ -217,6 +221,8 @@ def find_table(
     search.found.update((column.name, column) for column in guessed)
     columns = {name: search.found.get(name) or Column(name, "FP64", "float64") for name in names or ()}
     for spec in declared:
+        if not spec.get("dtype"):
+            continue
         name = str(spec["name"])
         is_known = name in search.found or name in search.dropped - search.used or (names is not None and name not in columns)
         if not (is_known and spec["dtype"] in _PLAIN):
@@ -225,9 +231,11 @@ def find_table(
             columns[name].let_out()
     ignored = [name for name in names or () if name in search.dropped and name not in search.used]
     taken = [column for name, column in columns.items() if name not in ignored]
-    if all(column.datatype != "BYTES" and column.dtype not in _NULLABLE and not column.optional for column in taken):
+    is_matrix = any(not spec.get("dtype") for spec in declared)
+    is_numbers = all(column.datatype != "BYTES" and column.dtype not in _NULLABLE and not column.optional for column in taken)
+    if is_numbers and (is_matrix or not ignored):
         return None
-    return Table(taken, ignored)
+    return Table(taken, ignored, order=names if ignored and names and set(columns) == set(names) else ())
 
 
 def find_opaque(estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = ()) -> list[list[Column]]:
@@ -293,6 +301,7 @@ class _Search:
 
     def _add_opaque(self, names: list[str], rest: Sequence[Any]) -> None:
         """Note columns that a function sees first, each as the text that it might be: what is encoded behind it, if anything is."""
+        self.used.update(names)
         behind = _Search()
         if rest:
             behind.visit(rest[0], names)
@@ -316,6 +325,7 @@ class _Search:
                 column.dtype, column.categories = "category", list(column.known)
 
     def _read(self, estimator: Any, names: list[str]) -> None:
+        self.used.update(names)
         if type(estimator).__name__ == "FunctionTransformer" and not _is_identity(estimator):
             self._add_opaque(names, ())
             return

@@ -1,5 +1,6 @@
 """Models on tables: the columns that are found, and answers equal to the local ``predict`` on the same DataFrame."""
 
+import io
 import warnings
 from typing import Any
 
@@ -19,8 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
-from libs.inference import examples, v1
-from libs.inference.requests import InferResponse
+from libs.inference import examples, tabular, v1, v2
+from libs.inference.errors import InvalidInputError as InvalidRequestError
+from libs.inference.requests import InferRequest, InferResponse
 from libs.runner.errors import InvalidInputError, LoadError
 from libs.runner.formats.sklearn import SklearnModel
 from libs.runner.formats.sklearn import load as load_sklearn
@@ -314,3 +316,63 @@ def test_columns_that_nothing_tells_of_are_named_with_the_remedy() -> None:
     signature = Signature.model_validate(completed.describe())
     inputs = v1.from_document({"instances": [{"city": "Lyon"}]}, signature).inputs
     assert completed.predict(inputs, ["predict"])["predict"].tolist() == [1]
+
+
+def _dropping(table: pd.DataFrame) -> tuple[Any, SklearnModel, Signature]:
+    columns = ColumnTransformer([("n", StandardScaler(), ["income"]), ("m", SimpleImputer(), ["age"])])
+    model = make_pipeline(columns, LogisticRegression()).fit(table, [0, 1, 1, 0])
+    first = SklearnModel(model).describe()
+    served = SklearnModel(model, first)
+    assert served.describe() == first
+    return model, served, Signature.model_validate(first)
+
+
+def _answer(served: SklearnModel, request: InferRequest) -> Any:
+    return served.predict(request.inputs, ["predict_proba"])["predict_proba"]
+
+
+def test_values_without_names_may_be_in_the_order_of_the_whole_training_table() -> None:
+    table = pd.DataFrame({"name": ["a", "b", "c", "d"], "age": [1.0, np.nan, 3, 4], "id": [7, 8, 9, 10], "income": [5.0, 6, 7, 9]})
+    model, served, signature = _dropping(table)
+    assert (signature.training_columns, signature.ignored_columns) == (("name", "age", "id", "income"), ("name", "id"))
+    assert [spec.name for spec in signature.inputs] == ["age", "income"]
+    expected = model.predict_proba(table)
+    whole = [[None if value != value else value for value in row] for row in table.to_numpy(dtype=object).tolist()]
+    used = [[row[1], row[3]] for row in whole]
+    for values in (whole, used):
+        for form in ("instances", "inputs"):
+            assert np.array_equal(_answer(served, v1.from_document({form: values}, signature)), expected)
+        for columns in (None, list(range(len(values[0])))):
+            split = {"data": values} | ({} if columns is None else {"columns": columns})
+            assert np.array_equal(_answer(served, tabular.from_document({"dataframe_split": split}, signature)), expected)
+    text = table.to_csv(index=False, header=False).encode()
+    assert np.array_equal(_answer(served, tabular.parse_csv(text, signature, header=False)), expected)
+    assert np.array_equal(_answer(served, tabular.parse_csv(table.to_csv(index=False).encode(), signature)), expected)
+    with pytest.raises(InvalidRequestError, match=r"instances\[0\] has 3 values"):
+        v1.from_document({"instances": [[1, 2, 3]]}, signature)
+    with pytest.raises(InvalidRequestError, match=r"instances\[1\] has 2 values"):
+        v1.from_document({"instances": [whole[0], used[1]]}, signature)
+
+
+def test_a_table_of_numbers_is_taken_as_a_matrix_too() -> None:
+    table = pd.DataFrame({"age": [1.0, np.nan, 3, 4], "id": [7.0, 8, 9, 10], "income": [5.0, 6, 7, 9]})
+    model, served, signature = _dropping(table)
+    expected = model.predict_proba(table)
+    for frame in (table, table[["age", "income"]]):
+        file = io.BytesIO()
+        np.save(file, frame.to_numpy())
+        data = [None if value != value else value for value in frame.to_numpy().reshape(-1).tolist()]
+        tensor = {"name": "input", "shape": list(frame.shape), "datatype": "FP64", "data": data}
+        assert np.array_equal(_answer(served, tabular.parse_npy(file.getvalue(), signature)), expected)
+        assert np.array_equal(_answer(served, v2.from_document({"inputs": [tensor]}, signature)), expected)
+    with pytest.raises(InvalidRequestError, match="has 1 columns; the model takes 2, or the 3 of its training table"):
+        v2.from_document({"inputs": [{"name": "input", "shape": [1, 1], "datatype": "FP64", "data": [1]}]}, signature)
+
+
+def test_a_model_that_was_found_to_take_a_matrix_goes_on_taking_it() -> None:
+    table = pd.DataFrame({"age": [1.0, 2, 3, 4], "id": [7.0, 8, 9, 10]})
+    columns = ColumnTransformer([("n", StandardScaler(), ["age"])])
+    model = make_pipeline(columns, LogisticRegression()).fit(table, [0, 1, 1, 0])
+    served = SklearnModel(model, {"inputs": [{"name": "input", "datatype": "FP64", "shape": [-1, 2]}]})
+    assert [spec["name"] for spec in served.describe()["inputs"]] == ["input"]
+    assert np.array_equal(served.predict({"input": table.to_numpy()}, ["predict"])["predict"], model.predict(table))
