@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def upload(
-    path: Annotated[Path, typer.Argument(help="The model's file, or an MLflow model's folder.")],
+    path: Annotated[Path, typer.Argument(help="The model's file, an archive or a folder with it, or an MLflow model.")],
     name: Annotated[str, typer.Option("--name", help="Model to add a version to; it is made if it does not exist.")],
     artifact_format: Annotated[str | None, typer.Option("--format", help="sklearn or onnx; else decided by content.")] = None,
     requirements: Annotated[Path | None, typer.Option("--requirements", help="requirements.txt; else inferred from the file.")] = None,
@@ -34,6 +34,9 @@ def upload(
     ] = None,
     signature: Annotated[
         Path | None, typer.Option("--signature", help="Typed columns or inputs (JSON), also in MLflow's form; else found in the trial.")
+    ] = None,
+    code: Annotated[
+        Path | None, typer.Option("--code", help="Folder of modules, package, .py file or archive that the model may import.")
     ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Consent to code that the file carries, or calls when it is loaded.")
@@ -47,7 +50,7 @@ def upload(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the version is validated, showing each stage.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a file as the next version of a model."""
+    """Upload a file, or a folder of files, as the next version of a model."""
     given = folders.resolve(path)
     body: dict[str, Any] = {
         "format": artifact_format,
@@ -63,7 +66,7 @@ def upload(
     with open_session("models upload") as session:
         with _warnings_on_failure():
             given_body = {key: value for key, value in body.items() if value is not None}
-            view, is_new = upload_version(session, given.file, name, given_body, wait=wait)
+            view, is_new = upload_version(session, given.path, name, given_body, code=code, wait=wait)
         _note_warnings(view)
         if as_json:
             output.show_json({**view, "trace_id": session.trace_id})
@@ -75,16 +78,18 @@ def upload(
 
 
 def upload_version(
-    session: Session, path: Path, name: str, body: "Json", *, wait: bool, report: "Report" = output.stage
+    session: Session, path: Path, name: str, body: "Json", *, code: Path | None = None, wait: bool, report: "Report" = output.stage
 ) -> tuple["Json", bool]:
-    """Upload and register a file, reporting progress; the version's view, and whether it is new."""
+    """Upload and register a file or a folder, reporting progress; the version's view, and whether it is new."""
     from libs.cli.stages import VERSION_TIMEOUT_S, EventFeed, VersionStory, follow
 
     references.check_name(name)
+    before = "" if code is None else folders.check_code(code)
     client = session.client
     started = time.monotonic()
-    with output.upload_progress(path.name, path.stat().st_size) as on_bytes:
-        artifact = client.upload_artifact(path, on_bytes)
+    artifact = _uploaded(session, path)
+    if code is not None:
+        body = {"code": _uploaded(session, code, before), **body}
     if wait:
         report(f"uploaded {output.size(artifact['size_bytes'])}", time.monotonic() - started)
     since = datetime.now(UTC)
@@ -94,6 +99,11 @@ def upload_version(
         view, is_new = client.register_version(name, {"artifact": artifact, **body})
         story = VersionStory(client, name, int(view["version"]))
         return follow(story, feed, report, view, is_new=is_new, since=since, timeout_s=VERSION_TIMEOUT_S), is_new
+
+
+def _uploaded(session: Session, path: Path, prefix: str = "") -> "Json":
+    with folders.packed(path, prefix) as file, output.upload_progress(file.name, file.stat().st_size) as on_bytes:
+        return session.client.upload_artifact(file, on_bytes)
 
 
 @app.command("list")
@@ -287,7 +297,9 @@ def _show_version(version: "Json") -> None:
             "reason": version.get("reason"),
             "aliases": version.get("aliases"),
             "format": version.get("format"),
-            "artifact": f"{artifact['filename']}, {output.size(artifact['size_bytes'])}, sha256 {artifact['sha256']}",
+            "artifact": _artifact(artifact),
+            "files": _file_set(version.get("files")),
+            "code": _artifact(version["spec"].get("code")),
             "description": version["spec"].get("description"),
             "labels": version["spec"].get("labels"),
             "requirements": version.get("requirements"),
@@ -300,6 +312,14 @@ def _show_version(version: "Json") -> None:
     )
     for finding in version.get("findings") or []:
         output.say(f"{finding['severity']}: {finding['message']} ({finding['rule']})")
+
+
+def _artifact(artifact: "Json | None") -> str | None:
+    return artifact and f"{artifact['filename']}, {output.size(artifact['size_bytes'])}, sha256 {artifact['sha256']}"
+
+
+def _file_set(files: "Json | None") -> str | None:
+    return files and f"{files['files']} files, {output.size(files['size_bytes'])}, the model is {files['model']}"
 
 
 def _tensor(tensor: "Json") -> str:

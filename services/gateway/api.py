@@ -66,7 +66,7 @@ def _add_models(api: FastAPI, management: Management) -> None:
         filename: Annotated[str, Query(description="Name of the file; kept as a label, never used as a path.")] = "artifact",
         x_millrace_sha256: Annotated[str | None, Header(description="What the content's SHA-256 must be.")] = None,
     ) -> Response:
-        """Store an artifact; the body is the file."""
+        """Store an artifact; the body is a model's file, an archive (tar, tar.gz, zip) of several, or code that comes with a model."""
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > management.artifact_max_bytes:
             raise PayloadTooLargeError(f"the artifact is larger than the {management.artifact_max_bytes} bytes accepted")

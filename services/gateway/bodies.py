@@ -46,7 +46,7 @@ class Body(BaseModel):
 
 
 class UploadedArtifact(Body):
-    """What the upload of an artifact was answered with."""
+    """What the upload of an artifact was answered with: a model's file, or an archive (tar, tar.gz, zip) of a set of files."""
 
     sha256: Sha256
     size_bytes: int | None = Field(default=None, ge=0, description="Checked against what is stored, if given.")
@@ -82,6 +82,11 @@ class NewVersion(Body):
     """A version to register."""
 
     artifact: UploadedArtifact
+    code: UploadedArtifact | None = Field(
+        default=None,
+        description="Python modules that the model may import: an archive (what is at its top can be imported), or one `.py` file, "
+        "whose filename is the module's.",
+    )
     format: ArtifactFormat | None = Field(default=None, description="sklearn or onnx; absent: decided by content.")
     requirements: tuple[str, ...] | None = Field(default=None, max_length=200, description="PEP 508 lines; absent: inferred.")
     example: Example | None = Field(

@@ -100,11 +100,13 @@ class Management:
         """Register an uploaded artifact as the next version of a model."""
         _check_size(body.example)
         artifact = await self._artifact(body.artifact)
+        code = None if body.code is None else await self._artifact(body.code, "code")
         command = _checked(
             lambda: RegisterVersion(
                 model_name=model,
                 spec=VersionSpec(
                     artifact=artifact,
+                    code=code,
                     format=body.format,
                     requirements=body.requirements,
                     example=body.example,
@@ -268,7 +270,7 @@ class Management:
         """The endpoint as it is now; when it is gone again, what the fact says of it."""
         return endpoint_view(self.catalog, name) if name in self.catalog.endpoints else fact.model_dump(mode="json")
 
-    async def _artifact(self, body: bodies.UploadedArtifact) -> Artifact:
+    async def _artifact(self, body: bodies.UploadedArtifact, field: str = "artifact") -> Artifact:
         try:
             stored = await self._store.stat(body.sha256)
         except ArtifactNotFoundError as error:
@@ -276,7 +278,7 @@ class Management:
         if body.size_bytes not in (None, stored.size_bytes):
             raise InvalidArgumentError(f"artifact {body.sha256} has {stored.size_bytes} bytes, not {body.size_bytes}")
         if not _FILENAME.fullmatch(body.filename):
-            raise InvalidArgumentError("artifact.filename must have 1 to 255 characters, without slashes and control characters")
+            raise InvalidArgumentError(f"{field}.filename must have 1 to 255 characters, without slashes and control characters")
         return Artifact(sha256=stored.sha256, size_bytes=stored.size_bytes, filename=body.filename)
 
     def _deployment_id(self, endpoint: str, name: str) -> str:

@@ -19,10 +19,11 @@ class Settings(BaseSettings):
         description="Versions of different models handled at once; each trial may take the limits below, and more trials than cores make "
         "measured latencies longer.",
     )
-    expanded_max_bytes: int = Field(8 * 2**30, ge=1, description="Largest content of a compressed artifact after decompression, in bytes.")
+    expanded_max_bytes: int = Field(8 * 2**30, ge=1, description="Largest content of a compressed artifact, or of an archive, in bytes.")
     allow_code: bool = Field(
         True,
-        description="Whether uploaders may consent (`--allow-code`) to a pickle that carries code or calls more than models need.",
+        description="Whether uploaders may consent (`--allow-code`) to a pickle that carries code or calls more than models need, and "
+        "bring modules of their own (`--code`).",
     )
     load_timeout_s: float = Field(60.0, gt=0, description="Longest time a model may take to load, in seconds.")
     predict_timeout_s: float = Field(

@@ -1,5 +1,8 @@
 import hashlib
+import io
 import json
+import os
+import tarfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -369,12 +372,103 @@ def test_a_model_folder_of_mlflow_is_its_pickle_requirements_and_example(
     assert (body["requirements"], body.get("example")) == (["mlflow-plugin==1", "scikit-learn==1.7.0"], expected)
 
 
+def names_in(content: bytes) -> list[str]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        return archive.getnames()
+
+
+def made(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def sent_artifacts(gateway: FakeGateway) -> list[Request]:
+    return [request for request in gateway.requests if request.path == "/api/v1/artifacts"]
+
+
+def test_a_directory_travels_as_one_archive_that_is_the_same_each_time(store: FakeGateway, run: Run, tmp_path: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    names = ("z.txt", "model.onnx", "data/w.bin", "__pycache__/m.pyc", "data/.DS_Store", ".git/HEAD")
+    folder = made(tmp_path / "cancer", *names)
+    assert run("models", "upload", folder, "--name", "cancer").exit_code == 0
+    os.utime(folder / "z.txt", (1, 1))
+    (folder / "z.txt").chmod(0o600)
+    assert run("models", "upload", folder, "--name", "cancer").exit_code == 0
+    first, again = sent_artifacts(store)
+    assert first.body == again.body
+    assert (names_in(first.body), first.query["filename"]) == (["data/w.bin", "model.onnx", "z.txt"], "cancer.tar")
+
+
+@pytest.mark.parametrize("name", ["model.tar.gz", "model.zip"])
+def test_an_archive_travels_as_it_is(store: FakeGateway, run: Run, tmp_path: Path, name: str) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    (tmp_path / name).write_bytes(b"as it is")
+    assert run("models", "upload", tmp_path / name, "--name", "cancer").exit_code == 0
+    assert [(request.body, request.query["filename"]) for request in sent_artifacts(store)] == [(b"as it is", name)]
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "filename", "inside"),
+    [
+        (("helpers.py",), "helpers.py", "helpers.py", None),
+        (("src/helpers.py", "src/more/__init__.py"), "src", "src.tar", ["helpers.py", "more/__init__.py"]),
+        (("helpers/__init__.py", "helpers/data.csv"), "helpers", "helpers.tar", ["helpers/__init__.py", "helpers/data.csv"]),
+    ],
+    ids=["module", "folder", "package"],
+)
+def test_code_is_uploaded_beside_the_model(
+    store: FakeGateway, run: Run, file: Path, tmp_path: Path, names: tuple[str, ...], code: str, filename: str, inside: list[str] | None
+) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    made(tmp_path, *names)
+    assert run("models", "upload", file, "--name", "cancer", "--code", tmp_path / code).exit_code == 0
+    _, sent = sent_artifacts(store)
+    digest = hashlib.sha256(sent.body).hexdigest()
+    assert store.sent("POST", VERSIONS).json["code"] == {"sha256": digest, "size_bytes": len(sent.body), "filename": filename}
+    assert sent.body == b"x" if inside is None else names_in(sent.body) == inside
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("none", "there is no file {path}"),
+        ("notes.txt", "{path} is neither a folder, a Python module (.py) nor an archive (.tar, .tar.gz, .tgz, .zip)"),
+        ("my-helpers.py", "{path} is no module that can be imported: 'my-helpers' is no name in Python"),
+        ("empty", "{path} has no Python module in it"),
+    ],
+)
+def test_code_that_is_none_is_not_uploaded(store: FakeGateway, run: Run, file: Path, tmp_path: Path, code: str, reason: str) -> None:
+    made(tmp_path, "notes.txt", "my-helpers.py", "empty/notes.txt")
+    outcome = run("models", "upload", file, "--name", "cancer", "--code", tmp_path / code)
+    assert (outcome.exit_code, outcome.err) == (2, f"millrace: {reason.format(path=tmp_path / code)}\n")
+    assert sent_artifacts(store) == []
+
+
+def test_a_link_in_a_directory_is_refused_with_the_remedy(run: Run, tmp_path: Path) -> None:
+    folder = made(tmp_path / "model", "model.pkl")
+    (folder / "data").symlink_to("/etc")
+    outcome = run("models", "upload", folder, "--name", "cancer")
+    reason = "is a link, which does not travel; put what it leads to in its place"
+    assert (outcome.exit_code, outcome.err) == (2, f"millrace: {folder / 'data'} {reason}\n")
+
+
+def test_a_version_of_several_files_is_shown_with_them(gateway: FakeGateway, run: Run) -> None:
+    code = {"sha256": "1" * 64, "size_bytes": 5, "filename": "helpers.py"}
+    shown = version("inspected", files={"sha256": "2" * 64, "size_bytes": 7, "files": 3, "model": "f/model.onnx"})
+    shown["spec"]["code"] = code
+    gateway.on("GET", f"{VERSIONS}/1", shown)
+    out = run("models", "show", "cancer@1").out
+    assert "3 files, 7 B, the model is f/model.onnx" in out
+    assert "helpers.py, 5 B, sha256 1111" in out
+
+
 @pytest.mark.parametrize(
     ("names", "remedy"),
     [
-        ((), "is a directory, and a model is one file; upload the model's file in it"),
-        (("a.pkl", "b.onnx"), "is a directory, and a model is one file; upload the model's file in it"),
-        (("a.pkl", "b.txt"), "is a directory, and a model is one file; upload the model's file in it: {folder}/a.pkl"),
+        ((), "is a directory without a model's file (.joblib, .pkl, .pickle, .onnx) in it"),
+        (("a.txt",), "is a directory without a model's file (.joblib, .pkl, .pickle, .onnx) in it"),
         (("MLmodel", "model.h5"), "is an MLflow model without a model.pkl, so not one of scikit-learn; upload the model's own file"),
     ],
 )
@@ -384,4 +478,4 @@ def test_a_directory_is_refused_with_the_remedy(run: Run, tmp_path: Path, names:
     for name in names:
         (folder / name).write_bytes(b"x")
     outcome = run("models", "upload", folder, "--name", "cancer")
-    assert (outcome.exit_code, outcome.err) == (2, f"millrace: {folder} {remedy.format(folder=folder)}\n")
+    assert (outcome.exit_code, outcome.err) == (2, f"millrace: {folder} {remedy}\n")

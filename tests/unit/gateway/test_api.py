@@ -72,6 +72,16 @@ async def test_registering_a_version_shows_it_at_once(world):
     assert (operation["done"], operation["outcome"]["type"]) == (True, "millrace.registry.version.registered.v1")
 
 
+async def test_code_is_an_uploaded_artifact_too(world):
+    artifact = await world.upload()
+    code = (await world.http.post("/api/v1/artifacts", params={"filename": "helpers.py"}, content=b"X = 1")).json()
+    answer = await world.http.post("/api/v1/models/cancer/versions", json={"artifact": artifact, "code": code})
+    assert (answer.status_code, answer.json()["spec"]["code"]) == (201, code)
+    assert (await world.http.post("/api/v1/models/cancer/versions", json={"artifact": artifact})).json()["version"] == 2
+    missing = await world.http.post("/api/v1/models/cancer/versions", json={"artifact": artifact, "code": {"sha256": "0" * 64}})
+    assert (missing.status_code, missing.json()["error"].startswith("there is no artifact 000")) == (404, True)
+
+
 async def test_the_same_content_again_is_the_version_that_exists(world):
     body = {"artifact": await world.upload()}
     first = await world.http.post("/api/v1/models/cancer/versions", json=body)

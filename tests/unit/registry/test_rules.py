@@ -291,6 +291,13 @@ def test_the_same_artifact_with_other_terms_is_another_version(world, other):
     assert [world.register(), world.register(**other), world.register(**other)] == [1, 2, 2]
 
 
+def test_the_name_of_a_module_is_part_of_its_code_and_that_of_an_archive_is_not(world):
+    def code(filename):
+        return Artifact(sha256="c" * 64, size_bytes=1, filename=filename)
+
+    assert [world.register(code=code(name)) for name in ("a.py", "b.py", "a.tar", "b.tar")] == [1, 2, 3, 3]
+
+
 def test_what_only_describes_a_version_makes_no_other(world):
     world.register()
     world.validate()
