@@ -315,11 +315,11 @@ def _show_version(version: "Json") -> None:
 
 
 def _artifact(artifact: "Json | None") -> str | None:
-    return artifact and f"{artifact['filename']}, {output.size(artifact['size_bytes'])}, sha256 {artifact['sha256']}"
+    return None if artifact is None else f"{artifact['filename']}, {output.size(artifact['size_bytes'])}, sha256 {artifact['sha256']}"
 
 
 def _file_set(files: "Json | None") -> str | None:
-    return files and f"{files['files']} files, {output.size(files['size_bytes'])}, the model is {files['model']}"
+    return None if files is None else f"{files['files']} files, {output.size(files['size_bytes'])}, the model is {files['model']}"
 
 
 def _tensor(tensor: "Json") -> str:

@@ -444,6 +444,8 @@ def _as_error(frame: Frame) -> MillraceError:
         "hung": RunnerHungError,
     }
     found = kinds.get(kind, MillraceError)(_message(frame))
-    if isinstance(found, InvalidInputError | ModelError) and isinstance(error, dict) and isinstance(error.get("exception"), str):
-        found.exception = printable(error["exception"])
+    if isinstance(found, InvalidInputError | ModelError) and isinstance(error, dict):
+        found.exception, found.line = (
+            printable(text) if isinstance(text, str) else None for text in (error.get("exception"), error.get("line"))
+        )
     return found

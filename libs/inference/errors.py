@@ -21,9 +21,12 @@ class InvalidInputError(InvalidArgumentError):
     ----------
     exception
         The type of what the model raised, if it was the model that refused.
+    line
+        Where in the model's own code that came from, such as ``helpers.py:12``.
     """
 
     exception: str | None = None
+    line: str | None = None
 
 
 class RunnerGoneError(TransientError):
@@ -41,9 +44,12 @@ class ModelError(MillraceError):
     ----------
     exception
         The type alone, if it is known.
+    line
+        Where in the model's own code it came from, such as ``helpers.py:12``; None where it is a library's.
     """
 
     exception: str | None = None
+    line: str | None = None
 
 
 class RunnerStartError(MillraceError):

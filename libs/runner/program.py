@@ -129,7 +129,7 @@ def _serve(options: argparse.Namespace, token: str, declared: dict[str, Any], re
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             _expect_plain_arrays()
-            model = open_model(options.format, options.artifact, declared)
+            model = open_model(options.format, options.artifact, declared, options.code)
             signature = _describe(model, cage.CageSpec.from_json(options.cage).probe_s, ready, report)
     except LoadError as error:
         traceback.print_exc()
@@ -137,7 +137,7 @@ def _serve(options: argparse.Namespace, token: str, declared: dict[str, Any], re
         return 4
     _expect_plain_arrays()
     listener = socket.socket(fileno=options.fd)
-    server = Server(model, signature, token, listener, options.predict_timeout_s)
+    server = Server(model, signature, token, listener, options.predict_timeout_s, options.code)
     server.start()
     server.obey_signals()
     _say(

@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from .errors import InvalidInputError, first_sentence
+from .errors import InvalidInputError, first_sentence, own_line
 from .formats import Model
 from .wire import (
     REMEMBERED_HEAD_BYTES,
@@ -156,6 +156,8 @@ class Server:
         The listening socket that the supervisor made.
     predict_timeout_s
         A model that is busy with one request for longer hangs, and the process ends with ``HUNG_STATUS``; None: never.
+    code
+        The folder of the modules that came with the model.
     """
 
     def __init__(
@@ -165,8 +167,10 @@ class Server:
         token: str,
         listener: socket.socket,
         predict_timeout_s: float | None = None,
+        code: str | None = None,
     ) -> None:
         self._model = model
+        self._code = code
         self._signature = signature
         self._inputs = {spec["name"]: spec for spec in signature["inputs"]}
         self._columns = {spec["name"] for spec in signature["inputs"] if spec.get("dtype")}
@@ -528,10 +532,10 @@ class Server:
             specs, tail = encode_tensors(answers)
             head = _answer_head(call.name, specs)
         except (InvalidInputError, WireError) as error:
-            failure = _error("invalid_input", str(error), error.__cause__)
+            failure = _error("invalid_input", str(error), error.__cause__, self._code)
         except BaseException as error:  # noqa: BLE001 (the model's code may raise anything, SystemExit too)
             traceback.print_exc()
-            failure = _error("model_error", _sentence(error), error)
+            failure = _error("model_error", _sentence(error), error, self._code)
         span = _span(request.frame.meta.get("traceparent"), started_ns)
         if failure is None and span is None:
             return join_frame(b'{"id":%d,"ok":true,"model_s":%.9f}' % (request.request_id, model_s), head, tail)
@@ -617,10 +621,15 @@ def _failure(request_id: int, kind: str, message: str) -> list[Buffer]:
     return encode_frame({"id": request_id, **_error(kind, message)})
 
 
-def _error(kind: str, message: str, exception: BaseException | None = None) -> dict[str, Any]:
-    """Return the answer that says what went wrong, with the type of what the model raised if that is the cause."""
+def _error(kind: str, message: str, exception: BaseException | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return the answer that says what went wrong, with the type of what the model raised and the line of its own code."""
     error = {"kind": kind, "message": message}
-    return {"ok": False, "error": error if exception is None else {**error, "exception": type(exception).__name__}}
+    if exception is not None:
+        error["exception"] = type(exception).__name__
+        line = own_line(exception, code)
+        if line is not None:
+            error["line"] = line
+    return {"ok": False, "error": error}
 
 
 def _sentence(error: BaseException) -> str:

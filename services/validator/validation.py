@@ -174,6 +174,8 @@ def _start_finding(error: RunnerStartError, limits: TrialLimits) -> Finding:
     message = error.message
     if error.kind == "memory":
         message = f"{message} ({limits.memory_bytes // 2**20} MiB)"
+    if error.kind == "missing_module":
+        message = f"{message}; if it is your own, upload it with --code, else name its package with --requirements"
     return rejection("trial.start", message, kind=error.kind, module=error.module)
 
 
@@ -225,7 +227,7 @@ async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: T
         latencies, _ = await _measure(client, InferRequest(inputs), answer, trial.limits)
         verdict = await _judge_rows(client, trial, verdict, [])
     except (InvalidInputError, ModelError) as error:
-        text = f"there is no example, and the model refused a made-up row: {error.message}"
+        text = f"there is no example, and the model refused a made-up row: {error.message}{_at(error)}"
         return replace(_with(verdict, warning("trial.no_example", text, **_exception(error))), needs_example=True)
     except MillraceError as error:
         return _with(verdict, await _predict_finding(error, runner, trial.limits))
@@ -352,14 +354,21 @@ async def _predict_finding(error: MillraceError, runner: RunnerProcess, limits: 
         message = f"the model's process {status.description} instead of answering its example"
         return rejection("trial.predict", message, kind="exited", code=status.code)
     if isinstance(error, InvalidInputError):
-        return rejection("trial.example", f"the model refuses its example: {error.message}", **_exception(error))
-    return rejection("trial.predict", f"{error.message}, on its example", kind="raised", **_exception(error))
+        return rejection("trial.example", f"the model refuses its example: {error.message}{_at(error)}", **_exception(error))
+    return rejection("trial.predict", f"{error.message}{_at(error)}, on its example", kind="raised", **_exception(error))
+
+
+def _at(error: MillraceError) -> str:
+    """Where in the model's own code it came from, as it follows a message."""
+    line = error.line if isinstance(error, InvalidInputError | ModelError) else None
+    return "" if line is None else f" ({line})"
 
 
 def _exception(error: MillraceError) -> dict[str, str]:
-    """Evidence: the type of what the model raised, where it is known."""
-    name = error.exception if isinstance(error, InvalidInputError | ModelError) else None
-    return {} if name is None else {"exception": name}
+    """Evidence: the type of what the model raised, and the line of its own code, where they are known."""
+    if not isinstance(error, InvalidInputError | ModelError):
+        return {}
+    return {name: text for name, text in (("exception", error.exception), ("line", error.line)) if text is not None}
 
 
 def _with_golden(verdict: Validation, example: Mapping[str, Any], request: InferRequest, answer: InferResponse) -> Validation:

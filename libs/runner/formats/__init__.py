@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ..errors import LoadError, describe_exception
+from ..errors import LoadError, describe_exception, own_line
 from ..wire import Arrays
 
 _ADAPTERS = {"sklearn": ".sklearn", "onnx": ".onnx"}
@@ -36,10 +36,11 @@ class Model(Protocol):
         ...
 
 
-def open_model(name: str, path: str, declared: Mapping[str, Any] | None = None) -> Model:
+def open_model(name: str, path: str, declared: Mapping[str, Any] | None = None, code: str | None = None) -> Model:
     """Load the artifact with the adapter of its format.
 
-    ``declared`` is what is known of the signature: as the uploader declares it, or as it was found in the trial.
+    ``declared`` is what is known of the signature: as the uploader declares it, or as it was found in the trial. ``code`` is the folder of
+    the modules that came with the model.
 
     Raises
     ------
@@ -54,12 +55,19 @@ def open_model(name: str, path: str, declared: Mapping[str, Any] | None = None) 
     except LoadError:
         raise
     except BaseException as error:  # loading runs the artifact's code: it may raise anything, SystemExit too
-        raise explain(error) from error
+        raise explain(error, code) from error
     return model
 
 
-def explain(error: BaseException) -> LoadError:
-    """Turn what loading raised into one clear sentence."""
+def explain(error: BaseException, code: str | None = None) -> LoadError:
+    """Turn what loading raised into one clear sentence, with the line of the model's own code that it came from."""
+    explained, line = _explained(error), own_line(error, code)
+    if line is not None:
+        explained.message += f" ({line})"
+    return explained
+
+
+def _explained(error: BaseException) -> LoadError:
     text = describe_exception(error)
     kind = type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name:

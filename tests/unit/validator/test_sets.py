@@ -5,6 +5,7 @@ from collections.abc import AsyncIterable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import onnx
 import pytest
@@ -218,6 +219,48 @@ async def test_code_takes_the_place_of_no_library_and_writes_nothing(
     spec = VersionSpec(artifact=await stored(store, DOUBLER), code=await stored(store, tar(files)), example=EXAMPLE)
     _, verdict = await lived(memory_broker, store, tmp_path / "home", spec)
     assert isinstance(verdict, VersionValidated), verdict
+
+
+FAILING = "def of(rows):\n    return rows['city']\n"
+
+
+@pytest.mark.parametrize("loading", [True, False])
+async def test_a_failure_names_the_line_of_the_code(loading: bool, memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
+    source = (
+        HELPERS.replace("return 2", "return of({}) if len(rows) == 1 else 2")
+        + "from inner.deep import of\n"
+        + ("of({})\n" if loading else "")
+    )
+    files = {"helpers.py": source.encode(), "inner/deep.py": FAILING.encode()}
+    spec = VersionSpec(artifact=await stored(store, DOUBLER), code=await stored(store, tar(files)), example=EXAMPLE)
+    _, verdict = await lived(memory_broker, store, tmp_path / "home", spec)
+    assert isinstance(verdict, VersionRejected)
+    if loading:
+        assert verdict.reason == "loading the artifact failed: KeyError: 'city' (inner/deep.py:2)"
+    else:
+        assert verdict.reason == "the model raised KeyError: 'city' (inner/deep.py:2), on its example"
+        assert verdict.findings[0].evidence == {"kind": "raised", "exception": "KeyError", "line": "inner/deep.py:2"}
+
+
+async def test_a_failure_names_the_line_of_carried_code(memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    source = "class Failing:\n    n_features_in_ = 3\n    def predict(self, rows):\n        return rows[:, 9]\n"
+    exec(compile(source, "/home/someone/train.py", "exec"), namespace)
+    artifact = await stored(store, cloudpickle.dumps(namespace["Failing"]()))
+    _, verdict = await lived(memory_broker, store, tmp_path / "home", VersionSpec(artifact=artifact, example=EXAMPLE, allow_code=True))
+    assert isinstance(verdict, VersionRejected)
+    assert "(train.py:4), on its example" in verdict.reason
+
+
+async def test_a_module_that_code_needs_and_nobody_has_is_named_with_what_helps(
+    memory_broker: MemoryBroker, store: MemoryStore, tmp_path: Path
+) -> None:
+    spec = await with_code(store, DOUBLER, "import acme_numbers\n" + HELPERS)
+    _, verdict = await lived(memory_broker, store, tmp_path / "home", spec)
+    assert verdict.reason == (
+        "the artifact needs the module 'acme_numbers', which its environment does not have (helpers.py:1); "
+        "if it is your own, upload it with --code, else name its package with --requirements"
+    )
 
 
 async def test_a_platform_without_code_refuses_it(

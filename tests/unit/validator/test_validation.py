@@ -199,7 +199,10 @@ async def test_a_graph_that_does_not_load_is_told_without_paths_and_signatures(t
 
 async def test_a_missing_module_is_named_in_the_evidence(tmp_path: Path) -> None:
     verdict = await tried(written(b"clightgbm_of_nobody.sklearn\nX\n)R.", tmp_path / "m"), tmp_path)
-    assert verdict.reason == "the artifact needs the module 'lightgbm_of_nobody', which its environment does not have"
+    assert verdict.reason == (
+        "the artifact needs the module 'lightgbm_of_nobody', which its environment does not have; "
+        "if it is your own, upload it with --code, else name its package with --requirements"
+    )
     assert verdict.findings[0].evidence == {"kind": "missing_module", "module": "lightgbm_of_nobody"}
 
 
