@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,12 +190,22 @@ class EnvironmentCache:
         The executable; by default that of the ``uv`` package.
     timeout_s
         Longest installation, and longest wait for another process that installs the same.
+    on_damaged
+        Called for each environment that was found damaged, when another has taken its place.
     """
 
-    def __init__(self, root: Path, *, uv: Path | None = None, timeout_s: float = INSTALL_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        uv: Path | None = None,
+        timeout_s: float = INSTALL_TIMEOUT_S,
+        on_damaged: Callable[[], None] = lambda: None,
+    ) -> None:
         self._root = root.absolute()
         self._uv = uv or find_uv()
         self._timeout_s = timeout_s
+        self._on_damaged = on_damaged
 
     def python_of(self, lock: EnvironmentLock) -> Path:
         """Where the Python of the environment is or will be."""
@@ -266,6 +276,7 @@ class EnvironmentCache:
             await asyncio.to_thread(write_manifest, staging)
             if self.holds(lock):
                 (self._root / lock.environment_id).rename(staging.with_name(f"{staging.name}.damaged"))
+                self._on_damaged()
             staging.rename(self._root / lock.environment_id)
             await asyncio.to_thread(shutil.rmtree, staging.with_name(f"{staging.name}.damaged"), ignore_errors=True)
         finally:

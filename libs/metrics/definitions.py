@@ -126,6 +126,13 @@ EVENTS_HANDLED = _counter(
 )
 EVENT_SECONDS = _histogram("millrace_event_seconds", "What handling an event took, with its retries.", SECONDS, "service", "event_type")
 DEAD_LETTERS = _counter("millrace_dead_letters_total", "Records that went to the dead-letter topic, by topic.", "service", "topic")
+DAMAGED_COPIES = _counter(
+    "millrace_damaged_copies_total",
+    "Copies on this machine, of artifacts and of environments, that were not what they should be, and were replaced before they were used; "
+    "serving counts for its replicas.",
+    "service",
+    "kind",
+)
 BROKER_ERRORS = _counter("millrace_broker_errors_total", "Calls of the broker that failed, by error.", "error")
 
 # Streaming inference

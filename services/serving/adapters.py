@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -37,7 +37,7 @@ from schemas.base import Contract
 from schemas.registry import Replica
 from services.serving.errors import ClusterUnavailableError
 from services.serving.keeper import Announcement
-from services.serving.reconcile import ActualDeployment, AppStatus
+from services.serving.reconcile import ActualDeployment, AppStatus, Damage
 from services.serving.spec import ReplicaSpec
 
 NAMESPACE = "millrace"
@@ -209,9 +209,9 @@ def listen_address(kind: Literal["unix", "tcp"], directory: Path) -> str:
     return f"unix:{directory / 'runner'}" if kind == "unix" else f"tcp:{ray.util.get_node_ip_address()}:0"
 
 
-def announce(deployment_id: str, replica_id: str, announcement: Announcement) -> None:
-    """Write where a replica's runner listens, or why it does not."""
-    value = json.dumps({"address": announcement.address, "reason": announcement.reason})
+def announce(deployment_id: str, replica_id: str, announcement: Announcement, damaged: Mapping[str, int]) -> None:
+    """Write where a replica's runner listens, or why it does not, and how many copies it has found damaged, by kind."""
+    value = json.dumps({"address": announcement.address, "reason": announcement.reason, "damaged": dict(damaged)})
     internal_kv._internal_kv_put(f"replica:{deployment_id}:{replica_id}", value, namespace=NAMESPACE)
 
 
@@ -277,6 +277,11 @@ def _actual(deployment_id: str, details: dict[str, Any], table: dict[str, str]) 
         message=(failure or "; ".join(reasons) or _last_line(details["message"]))[:_MAX_MESSAGE_CHARS],
         replicas=tuple(
             Replica(replica_id=replica_id, address=entry["address"]) for replica_id, entry in announced.items() if entry.get("address")
+        ),
+        damage=tuple(
+            Damage(replica_id, found.get("artifact", 0), found.get("environment", 0))
+            for replica_id, entry in announced.items()
+            if any((found := entry.get("damaged", {})).values())
         ),
     )
 

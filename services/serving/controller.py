@@ -21,6 +21,7 @@ from libs.metrics import PROCESS, Metrics
 from libs.metrics.definitions import RECONCILE_FAILURES
 from schemas.base import Fact
 from schemas.registry import DeploymentSnapshot, DeploymentStatus
+from services.serving.metrics import DamageMetrics
 from services.serving.reconcile import (
     Action,
     ActualDeployment,
@@ -77,6 +78,7 @@ class Controller:
         metrics: Metrics = PROCESS,
     ) -> None:
         self._failures = metrics.counter(RECONCILE_FAILURES)
+        self._damage = DamageMetrics(metrics)
         self._state = state
         self._cluster = cluster
         self._producer = broker.producer()
@@ -120,6 +122,7 @@ class Controller:
         wanted = dict(self._state.deployments)
         desired = {name: DesiredDeployment(each.snapshot, self._spec(each.snapshot).digest) for name, each in wanted.items()}
         actual = await self._cluster.status()
+        self._damage.look(actual.values())
         known = {name: app for name, app in actual.items() if name in wanted or name not in self._state.unreadable}
         # A fact is repeated when the log has moved on and still does not reflect it.
         self._reported = {name: said for name, said in self._reported.items() if said[0] is wanted.get(name)}

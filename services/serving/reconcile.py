@@ -36,6 +36,15 @@ class DesiredDeployment:
 
 
 @dataclass(frozen=True, slots=True)
+class Damage:
+    """Copies that a replica has found damaged, and replaced, since it began."""
+
+    replica_id: str
+    artifacts: int
+    environments: int
+
+
+@dataclass(frozen=True, slots=True)
 class ActualDeployment:
     """What Serve says: ``replicas`` are those whose runner answers; ``target_replicas`` how many Serve was told to run."""
 
@@ -45,6 +54,7 @@ class ActualDeployment:
     status: AppStatus
     message: str = ""
     replicas: tuple[Replica, ...] = ()
+    damage: tuple[Damage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The Serve deployment class: one replica supervises one runner. Nothing of a model is imported or unpickled here."""
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,9 @@ class ModelReplica:
         self._replica_id = adapters.own_replica_id()
         self._directory = adapters.replica_directory(self._replica_id)
         places = self._spec.places
-        self._artifacts = ArtifactCache(places.artifact_cache_dir, from_settings(ArtifactSettings(url=places.artifacts_url)))
+        self._damaged: Counter[str] = Counter()
+        store = from_settings(ArtifactSettings(url=places.artifacts_url))
+        self._artifacts = ArtifactCache(places.artifact_cache_dir, store, on_damaged=lambda: self._damaged.update(["artifact"]))
         self._keeper = RunnerKeeper(self._start_runner, self._announce, predict_timeout_s=self._spec.limits.predict_timeout_s)
         try:
             self._runner_spec = await self._prepare()
@@ -87,7 +90,8 @@ class ModelReplica:
 
     async def _prepare(self) -> RunnerSpec:
         spec, places = self._spec, self._spec.places
-        python, files = await asyncio.gather(EnvironmentCache(places.environments_dir).ensure(spec.environment), self._files())
+        environments = EnvironmentCache(places.environments_dir, on_damaged=lambda: self._damaged.update(["environment"]))
+        python, files = await asyncio.gather(environments.ensure(spec.environment), self._files())
         key = await asyncio.to_thread(places.runner_key_file.read_bytes)
         scratch = self._directory / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -123,4 +127,4 @@ class ModelReplica:
         return ModelRunner(await RunnerProcess.start(self._runner_spec))
 
     async def _announce(self, announcement: Announcement) -> None:
-        await asyncio.to_thread(adapters.announce, self._spec.deployment_id, self._replica_id, announcement)
+        await asyncio.to_thread(adapters.announce, self._spec.deployment_id, self._replica_id, announcement, self._damaged)

@@ -14,6 +14,8 @@ from libs.messaging.faust_app import FaustRunner
 from libs.messaging.follower import Follower
 from libs.messaging.kafka import KafkaBroker
 from libs.messaging.processing import Processor
+from libs.metrics import PROCESS, Metrics
+from libs.metrics.definitions import DAMAGED_COPIES
 from schemas.topics import EVENTS, STATE_VERSIONS
 from services.validator.adapters import Environments, SandboxCheck, Versions, Workplace
 from services.validator.handlers import Handlers, Tools, Try, try_in_runner
@@ -30,6 +32,7 @@ def build(
     environments: Environments | None = None,
     attempt: Try = try_in_runner,
     clock: Clock = cloudevents.utc_now,
+    metrics: Metrics = PROCESS,
 ) -> Sequence[Component]:
     """The components of the validator, in the order they start. A broker that is given (a fake) is read without faust."""
     workplace = Workplace(settings.process.home / "cache" / "validator")
@@ -37,7 +40,7 @@ def build(
     tools = Tools(
         versions=versions,
         store=store or factory.from_settings(settings.artifacts),
-        environments=environments or EnvironmentCache(settings.environments.dir, timeout_s=settings.environments.build_timeout_s),
+        environments=environments or _environments(settings, metrics),
         workplace=workplace,
         limits=settings.limits,
         expanded_max_bytes=settings.expanded_max_bytes,
@@ -53,3 +56,12 @@ def build(
         else FaustRunner(settings.kafka, log, topics, GROUP, processor, concurrency=concurrency)
     )
     return [workplace, SandboxCheck(workplace, settings.limits), Follower(log, [STATE_VERSIONS.name], versions.apply), consumer]
+
+
+def _environments(settings: Settings, metrics: Metrics) -> EnvironmentCache:
+    damaged = metrics.counter(DAMAGED_COPIES, "validator", "environment")
+
+    def count() -> None:
+        damaged.value += 1
+
+    return EnvironmentCache(settings.environments.dir, timeout_s=settings.environments.build_timeout_s, on_damaged=count)

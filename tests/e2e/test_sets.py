@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+import httpx
 import numpy as np
 import onnx
 import pytest
 
-from tests.e2e.platforms import PATIENT_GATEWAY, RunningPlatform
+from tests.e2e.platforms import PATIENT_GATEWAY, RunningPlatform, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -36,7 +37,8 @@ class Squares(TransformerMixin, BaseEstimator):
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory):
-    running = RunningPlatform(tmp_path_factory.mktemp("mr") / "home", "embedded", **PATIENT_GATEWAY)
+    ports = {"SERVING_METRICS_PORT": str(free_port())}
+    running = RunningPlatform(tmp_path_factory.mktemp("mr") / "home", "embedded", **ports, **PATIENT_GATEWAY)
     running.up()
     try:
         yield running
@@ -78,6 +80,11 @@ def test_a_graph_with_its_weights_in_another_file_is_served_and_a_damaged_copy_o
     os.kill(runner.pid, signal.SIGKILL)
     assert answer(platform, "big", rows) == wanted
     assert (files / "model.onnx.data").read_bytes() != bytes(data)
+    port, end = platform.environment["SERVING_METRICS_PORT"], time.monotonic() + 30
+    counted = 'millrace_damaged_copies_total{kind="artifact",service="serving"} 1.0'
+    while counted not in (shown := httpx.get(f"http://127.0.0.1:{port}/metrics").text):
+        assert time.monotonic() < end, [line for line in shown.splitlines() if "damaged" in line]
+        time.sleep(0.5)
 
 
 def test_a_pipeline_with_a_class_of_ones_own_package_is_served(platform, tmp_path):

@@ -148,8 +148,10 @@ class TestCache:
         self, packages: PackageDirectory, root: Path, caplog: pytest.LogCaptureFixture, damage: str
     ) -> None:
         lock = make_lock(packages.add_wheel("pump", "2.5"))
-        cache = EnvironmentCache(root)
+        damaged: list[None] = []
+        cache = EnvironmentCache(root, on_damaged=lambda: damaged.append(None))
         python = await cache.ensure(lock)
+        assert damaged == []
         (module,) = python.parent.parent.glob("lib/*/site-packages/pump/__init__.py")
         right = module.read_bytes()
         if damage == "remove":
@@ -165,7 +167,7 @@ class TestCache:
         assert _names(root / ".building") == []
         caplog.clear()
         await cache.ensure(lock)
-        assert caplog.text == ""
+        assert (caplog.text, len(damaged)) == ("", 1)
 
     async def test_damaged_bytecode_is_made_again(self, packages: PackageDirectory, root: Path) -> None:
         lock = make_lock(packages.add_wheel("pump", "2.5"))
