@@ -71,7 +71,7 @@ class ArtifactCache:
         damaged or missing are replaced one by one, and what does not belong is removed: who has it open goes on. One process does it,
         others that want the same wait. Raises as ``ensure`` does.
         """
-        manifest = await read_manifest(self._store, sha256)
+        manifest = await in_thread(_read, await self.ensure(sha256), sha256)  # the store need not answer for what is here
         folder = self._directory / f"{sha256}.files"
         if folder.is_dir() and not await in_thread(_differing, folder, manifest):
             return folder
@@ -130,11 +130,8 @@ async def read_manifest(store: ArtifactStore, sha256: str) -> Manifest:
     async for block in store.open(sha256):
         content += block
         if len(content) > MAX_MANIFEST_BYTES:
-            raise ArtifactCorruptError(f"The artifact {sha256} is no manifest: it is too long for one.")
-    try:
-        return Manifest.from_bytes(bytes(content))
-    except InvalidArgumentError as error:
-        raise ArtifactCorruptError(f"The artifact {sha256} is no manifest: {error.message}.") from error
+            break
+    return _parsed(bytes(content), sha256)
 
 
 async def fetch_set(store: ArtifactStore, sha256: str, folder: Path) -> None:
@@ -179,6 +176,20 @@ async def _all(coroutines: Iterable[Coroutine[None, None, None]]) -> None:
                 group.create_task(coroutine)
     except* MillraceError as errors:
         raise errors.exceptions[0] from None
+
+
+def _read(path: Path, sha256: str) -> Manifest:
+    with os_errors_of(f"the directory {path.parent}"), path.open("rb") as file:
+        return _parsed(file.read(MAX_MANIFEST_BYTES + 1), sha256)
+
+
+def _parsed(content: bytes, sha256: str) -> Manifest:
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ArtifactCorruptError(f"The artifact {sha256} is no manifest: it is too long for one.")
+    try:
+        return Manifest.from_bytes(content)
+    except InvalidArgumentError as error:
+        raise ArtifactCorruptError(f"The artifact {sha256} is no manifest: {error.message}.") from error
 
 
 def _differing(folder: Path, manifest: Manifest) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from libs.artifacts.manifest import MAX_FILES, File, Manifest, Paths
+from libs.artifacts.store import os_errors_of
 from libs.errors import InvalidArgumentError
 from services.validator.content import ContentReader, open_content
 from services.validator.errors import BrokenArtifactError, ForbiddenEntryError, OversizedContentError
@@ -84,6 +85,8 @@ def unpack(path: Path, kind: str, folder: Path, limit_bytes: int) -> Manifest:
         It has something that no set of files may have, or nothing at all.
     OversizedContentError
         It has more than ``limit_bytes``, or expands beyond what a model could.
+    ArtifactStoreUnavailableError
+        The disk is full, or cannot be used now.
     """
     limit = min(limit_bytes, max(UNQUESTIONED_BYTES, MOST_EXPANSION * path.stat().st_size))
     entries = _zip_entries(path, limit) if kind == "zip" else _tar_entries(path, "gzip" if kind == "tar.gz" else None, limit)
@@ -120,10 +123,12 @@ def _is_left_out(name: str) -> bool:
 
 def _write(entry: _Entry, name: str, folder: Path, left: int) -> File:
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
     assert entry.content is not None  # noqa: S101 (folders were passed over; for the type checker)
-    with path.open("xb") as file:
+    with os_errors_of(f"the directory {folder}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("xb")
+    with os_errors_of(f"the directory {folder}"), file:
         while data := entry.content.read(_CHUNK_BYTES):
             size += len(data)
             if size > left:

@@ -56,7 +56,7 @@ def load(path: str, _declared: Mapping[str, Any]) -> OnnxModel:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         if "External data path" in str(error):
-            raise LoadError("not_a_model", "the graph keeps tensors in other files, and an artifact is one file") from error
+            raise LoadError("not_a_model", "the graph keeps tensors in files that did not come with it") from error
         raise LoadError("load_failed", f"the graph cannot be loaded: {_reason(error)}") from error
     return OnnxModel(session)
 
