@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from libs.artifacts.manifest import Paths
 from libs.cli.errors import CommandError, UsageError
-from libs.errors import InvalidArgumentError
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 _LEFT_OUT = ("__pycache__", ".git", ".ipynb_checkpoints", ".DS_Store")
@@ -81,6 +79,9 @@ def check_code(path: Path) -> str:
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
     """Files below a folder in the order of their names, which are relative to it; raises ``UsageError`` for what no set may have."""
+    from libs.artifacts.manifest import Paths
+    from libs.errors import InvalidArgumentError
+
     found: list[tuple[str, Path]] = []
     paths = Paths()
     for parent, folders, files in os.walk(folder):

@@ -1,6 +1,7 @@
 """What a file is, by its content; its name is never asked."""
 
 import mmap
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -85,7 +86,14 @@ def archive_kind(path: Path) -> str | None:
 
 
 def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"
+    """Tell a tar archive by its first header, also one without the magic that came with POSIX."""
+    if head[257:262] != b"\0" * 5:
+        return head[257:262] == b"ustar"
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return False
+    return True
 
 
 def recognise(path: Path, expanded_limit_bytes: int) -> Recognition:
@@ -115,6 +123,8 @@ def _known(head: bytes) -> str | None:
     for prefix, kind in _TEXT_KINDS.items():
         if start.startswith(prefix):
             return kind
+    if not head.strip(b"\0"):
+        return "nothing but zeros at its beginning, as an empty tar archive has"
     if _is_tar(head):
         return "a tar archive (unpack it, and upload the model's file that is in it)"
     return "a safetensors file" if head[8:10] == b'{"' and head[4:8] == b"\0\0\0\0" else None

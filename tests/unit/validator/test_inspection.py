@@ -72,6 +72,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         (b"\x89HDF\r\n\x1a\n\0\0", "the artifact is an HDF5 file"),
         (b"\x93NUMPY\x01\0", "the artifact is a NumPy array file"),
         (b"\x28\xb5\x2f\xfd\0\0", "the artifact is a file compressed by zstd, which is not read here"),
+        (bytes(10_240), "the artifact is nothing but zeros at its beginning, as an empty tar archive has; a model is"),
         (b"\x00\xff\xfe\x01\x02", "the artifact is of no kind that is known here"),
         (archive("schema.json", "0.npy"), "the artifact is a skops file (load it with skops.io.load, and save the model with joblib.dump)"),
         (

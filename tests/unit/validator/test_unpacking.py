@@ -67,6 +67,29 @@ HONEST = {
 }
 
 
+def test_a_tar_of_the_seventh_edition_is_unpacked(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    header[257:265] = bytes(8)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    assert unpacked(bytes(header) + bytes(1024), tmp_path).paths == ("x",)
+
+
+def test_a_zip_that_was_written_to_a_pipe_is_unpacked(tmp_path: Path) -> None:
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def tell(self) -> int:
+            raise OSError("a pipe has no position")
+
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in FILES.items():
+            archive.writestr(name, content)
+    assert unpacked(pipe.getvalue(), tmp_path).paths == tuple(sorted(FILES))
+
+
 @pytest.mark.parametrize("content", HONEST.values(), ids=HONEST)
 def test_an_honest_archive_is_unpacked(content: bytes, tmp_path: Path) -> None:
     manifest = unpacked(content, tmp_path)
