@@ -121,6 +121,8 @@ class Paths:
         folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
         if folded not in self._known:
             self._known[folded] = (path, is_file)
+            if len(self._known) > 2 * MAX_FILES:
+                raise InvalidArgumentError(f"there are more than {2 * MAX_FILES} files and folders")
             return
         known, known_as_file = self._known[folded]
         if known != path:

@@ -104,7 +104,7 @@ def inspect(
     damaged = _damage(path, sha256, size_bytes)
     if damaged:
         return Inspection(None, (), inferred, damaged)
-    modules_of_its_own, code_findings = _code(code, consent, expanded_limit_bytes)
+    brought, code_findings = _code(code, consent, expanded_limit_bytes)
     files, set_findings = _files(path, expanded_limit_bytes)
     if set_findings or (files is not None and files.model is None):
         return Inspection(None, (), inferred, (*set_findings, *code_findings))
@@ -114,8 +114,8 @@ def inspect(
     if requirements is None and files is not None:
         requirements = mlflow_requirements(files)
     recognition = recognise(model, expanded_limit_bytes)
-    own = modules(modules_of_its_own.manifest.paths) if modules_of_its_own else frozenset()
-    uses = imported(modules_of_its_own) if modules_of_its_own else frozenset()
+    own = modules(brought.manifest.paths) if brought else frozenset()
+    uses = imported(brought) if brought else frozenset()
     needed = _needed(recognition, requirements, uses)
     named = None if rejections(needed.findings) else requirements
     findings = (
@@ -126,7 +126,7 @@ def inspect(
         *_outside(recognition, files),
         *needed.findings,
     )
-    return Inspection(recognition.format, needed.requirements, inferred, findings, files, modules_of_its_own)
+    return Inspection(recognition.format, needed.requirements, inferred, findings, files, brought)
 
 
 def _files(path: Path, limit_bytes: int) -> tuple[Unpacked | None, tuple[Finding, ...]]:

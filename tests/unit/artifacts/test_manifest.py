@@ -55,3 +55,8 @@ def test_ten_thousand_files_are_the_most():
     assert len(of(*(f"f{n}" for n in range(MAX_FILES))).files) == MAX_FILES
     with pytest.raises(InvalidArgumentError, match="more than 10000 files"):
         of(*(f"f{n}" for n in range(MAX_FILES + 1)))
+
+
+def test_folders_in_folders_are_bounded_too():
+    with pytest.raises(InvalidArgumentError, match="more than 20000 files and folders"):
+        of(*(f"{n}/{'d/' * 100}x" for n in range(300)))

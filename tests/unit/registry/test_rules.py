@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from schemas.artifacts import FileSet
 from schemas.base import Fact
 from schemas.environment import EnvironmentLock, VersionBuildFailed, VersionBuilt
 from schemas.inference import Datatype, DeclaredSignature, Signature, TensorSpec
@@ -289,6 +290,18 @@ def test_content_whose_version_waits_brings_it_its_example(world):
 )
 def test_the_same_artifact_with_other_terms_is_another_version(world, other):
     assert [world.register(), world.register(**other), world.register(**other)] == [1, 2, 2]
+
+
+def test_what_an_artifact_was_unpacked_to_is_kept_and_deployed(world):
+    files = FileSet(sha256="f" * 64, size_bytes=9, files=2, model="m/model.onnx")
+    code = FileSet(sha256="c" * 64, size_bytes=3, files=1)
+    world.register()
+    outcome = VersionInspected(model_name="iris", version=1, format="onnx", requirements=(), inferred=True, files=files, code=code)
+    world.do(outcome)
+    assert (world.state.versions["iris@1"].files, world.state.versions["iris@1"].code) == (files, code)
+    world.validate()
+    deployment = world.state.deployments[world.deploy()]
+    assert (deployment.files, deployment.code) == (files, code)
 
 
 def test_the_name_of_a_module_is_part_of_its_code_and_that_of_an_archive_is_not(world):
