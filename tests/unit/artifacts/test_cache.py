@@ -4,6 +4,9 @@ import asyncio
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,49 @@ async def test_what_is_no_manifest_is_damage(files):
     cache, _, _ = files
     with pytest.raises(ArtifactCorruptError, match="is no manifest"):
         await cache.ensure_set(hashlib.sha256(b"a model").hexdigest())
+
+
+MANY = {f"d{number % 7}/f{number}": b"%d" % number * 100 for number in range(300)}
+WORKS = """
+import asyncio, hashlib, sys
+from pathlib import Path
+from libs.artifacts.cache import ArtifactCache, store_set
+from libs.artifacts.directory import DirectoryStore
+from tests.unit.artifacts.test_cache import manifest_of, MANY
+
+store = DirectoryStore(Path(sys.argv[2]) / "store")
+if sys.argv[1] == "store":
+    asyncio.run(store_set(store, manifest_of(MANY), Path(sys.argv[2]) / "root"))
+else:
+    asyncio.run(ArtifactCache(Path(sys.argv[2]) / "cache", store).ensure_set(manifest_of(MANY).sha256))
+"""
+
+
+def manifest_of(files: dict[str, bytes]) -> Manifest:
+    return Manifest.of(File(path, hashlib.sha256(content).hexdigest(), len(content)) for path, content in files.items())
+
+
+def killed(what: str, place: Path, after: int) -> None:
+    """Do something in a process that is killed once there are so many files."""
+    process = subprocess.Popen([sys.executable, "-c", WORKS, what, str(place)])
+    watched = place / ("store" if what == "store" else "cache")
+    while process.poll() is None and sum(len(files) for _, _, files in os.walk(watched)) < after:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("after", [1, 100])
+async def test_a_process_that_is_killed_leaves_no_half_set(tmp_path, after):
+    for path, content in MANY.items():
+        (tmp_path / "root" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / path).write_bytes(content)
+    store, manifest = DirectoryStore(tmp_path / "store"), manifest_of(MANY)
+    killed("store", tmp_path, after)
+    if await store.exists(manifest.sha256):  # it was quicker than the one who killed it
+        assert all([await store.exists(file.sha256) for file in manifest.files])
+    await store_set(store, manifest, tmp_path / "root")
+    killed("cache", tmp_path, after + 2)
+    folder = tmp_path / "cache" / f"{manifest.sha256}.files"
+    assert content_of(folder) in ({}, MANY)
+    assert content_of(await ArtifactCache(tmp_path / "cache", store).ensure_set(manifest.sha256)) == MANY
