@@ -93,16 +93,24 @@ class SklearnModel:
         return {"inputs": [input_spec], "outputs": outputs, "feature_names": self._feature_names}
 
     def predict(self, inputs: Arrays, outputs: Sequence[str]) -> Arrays:
-        values = self._given(inputs)
-        answers: dict[str, Any] = {}
+        values, estimator = self._given(inputs), self._estimator
+        sources = {name: self._sources.get(name, (name, None)) for name in outputs}
+        methods = dict.fromkeys(method for method, _ in sources.values())
+        if len(methods) > 1 and _is_pipeline(estimator):
+            # Its methods would each begin with the same steps.
+            values, estimator = self._guarded(self._before_last, values), estimator.steps[-1][1]
+        answers = {method: self._guarded(getattr(estimator, method), values) for method in methods}
         named: Arrays = {}
-        for name in outputs:
-            method, target = self._sources.get(name, (name, None))
-            if method not in answers:
-                answers[method] = self._call(method, values)
-            answer = answers[method]
-            named[name] = _as_array(answer) if target is None else _as_array(answer[target])
+        for name, (method, target) in sources.items():
+            named[name] = _as_array(answers[method]) if target is None else _as_array(answers[method][target])
         return named
+
+    def _before_last(self, values: Any) -> Any:
+        """What the last step of a pipeline is given."""
+        for _, step in self._estimator.steps[:-1]:
+            if step is not None and step != "passthrough":
+                values = step.transform(values)
+        return values
 
     def _given(self, inputs: Arrays) -> Any:
         """What the estimator is given."""
@@ -139,8 +147,12 @@ class SklearnModel:
 
     def _call(self, method: str, values: Any) -> Any:
         """Return the method's answer: an array, or what becomes one; a list of arrays where there are several targets."""
+        return self._guarded(getattr(self._estimator, method), values)
+
+    def _guarded(self, function: Any, values: Any) -> Any:
+        """Call the model's code; what it says of its input becomes ``InvalidInputError``."""
         try:
-            return getattr(self._estimator, method)(values)
+            return function(values)
         except ValueError as error:
             if type(error).__name__ != _NOT_FITTED and _is_about_input(error):
                 raise InvalidInputError(first_sentence(error)) from error
@@ -202,6 +214,12 @@ def _has(estimator: Any, method: str) -> bool:
 def _type_name(value: Any) -> str:
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _is_pipeline(estimator: Any) -> bool:
+    """Tell whether it is scikit-learn's own pipeline, with more than one step."""
+    kind = type(estimator)
+    return kind.__module__ == "sklearn.pipeline" and kind.__name__ == "Pipeline" and len(estimator.steps) > 1
 
 
 def _first_step(estimator: Any) -> Any:

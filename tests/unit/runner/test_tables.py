@@ -16,7 +16,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
@@ -123,6 +123,42 @@ def test_a_method_that_only_says_that_it_is_not_supported_is_no_output() -> None
 
     x, y = load_iris(return_X_y=True)
     assert [spec["name"] for spec in SklearnModel(Half().fit(x, y)).describe()["outputs"]] == ["predict"]
+
+
+def test_several_outputs_of_a_pipeline_are_those_of_its_methods_and_its_steps_run_once(case: Case) -> None:
+    if not isinstance(case.model, Pipeline):
+        pytest.skip("not a pipeline")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        served = SklearnModel(case.model)
+        signature = Signature.model_validate(served.describe())
+        outputs = [spec.name for spec in signature.outputs]
+        made_up = served._table.made_up(4) if served._table is not None else None
+        inputs = made_up or {
+            "input": np.array([b"some text"] * 4, object) if served._takes_text else np.ones((4, signature.inputs[0].shape[1]))
+        }
+        together = served.predict(inputs, outputs)
+        for name in outputs:
+            alone = served.predict(inputs, [name])[name]
+            assert together[name].dtype == alone.dtype
+            assert together[name].tolist() == alone.tolist()
+
+
+def test_the_steps_of_a_pipeline_run_once_for_all_outputs() -> None:
+    seen: list[int] = []
+
+    def counted(values: Any) -> Any:
+        seen.append(len(values))
+        return values
+
+    x, y = load_iris(return_X_y=True)
+    model = make_pipeline(FunctionTransformer(counted), "passthrough", LogisticRegression(max_iter=1000)).fit(x, y)
+    served = SklearnModel(model)
+    outputs = [spec["name"] for spec in served.describe()["outputs"]]
+    seen.clear()
+    answer = served.predict({"input": x[:3]}, outputs)
+    assert (seen, list(answer)) == ([3], ["predict", "predict_proba", "decision_function"])
+    assert np.array_equal(answer["predict_proba"], model.predict_proba(x[:3]))
 
 
 def test_dates_as_labels_are_text() -> None:
