@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InvalidInputError, LoadError, first_sentence
 from ..wire import Arrays, WireError, datatype_of
-from .tables import Table, find_opaque, find_table
+from .tables import Table, find_opaque, find_table, inner_of
 
 INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
@@ -225,13 +225,10 @@ def _is_pipeline(estimator: Any) -> bool:
 def _first_step(estimator: Any) -> Any:
     """Return what sees the input first: the first step of a pipeline, the estimator inside a search."""
     for _ in range(8):
-        steps = getattr(estimator, "steps", None)
-        if isinstance(steps, list) and steps:
-            estimator = steps[0][-1]
-        elif hasattr(estimator, "best_estimator_"):
-            estimator = estimator.best_estimator_
-        else:
+        inner = inner_of(estimator)
+        if len(inner) != 1:
             break
+        estimator = inner[0]
     return estimator
 
 
@@ -249,22 +246,31 @@ def _n_features(estimator: Any) -> int:
     return -1
 
 
-def _feature_names(estimator: Any) -> list[str] | None:
+def _feature_names(estimator: Any, depth: int = 0) -> list[str] | None:
+    """Return the names of the columns seen in fit, where the estimator or the first that sees its input tells them."""
     names = getattr(estimator, "feature_names_in_", None)
-    if names is None:
-        return None
-    return [str(name) for name in names]
+    if names is not None:
+        return [str(name) for name in names]
+    inner = inner_of(estimator)
+    return _feature_names(inner[0], depth + 1) if inner and depth < 8 else None
 
 
 def _frame_maker(estimator: Any, names: list[str] | None) -> Any:
     """Return what turns an array into what the estimator takes: a column transformer or a function that selects by name needs names."""
-    if names is None or type(_first_step(estimator)).__name__ not in ("ColumnTransformer", "FunctionTransformer"):
+    if names is None or not _selects(estimator):
         return _unchanged
     try:
         from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         return _unchanged
     return lambda values: DataFrame(values, columns=names)
+
+
+def _selects(estimator: Any, depth: int = 0) -> bool:
+    """Tell whether something that sees the input may select columns by name."""
+    if type(estimator).__name__ in ("ColumnTransformer", "FunctionTransformer"):
+        return True
+    return depth < 8 and any(_selects(part, depth + 1) for part in inner_of(estimator))
 
 
 def _has_targets(answer: Any) -> bool:

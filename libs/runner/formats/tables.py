@@ -21,6 +21,9 @@ _NULLABLE_OF = {"BOOL": "boolean", "INT64": "Int64"}
 _EXACT = 2**53
 """From here on a float stands for more than one integer."""
 
+_MOST_MEMBERS = 16
+"""Members of an ensemble that are looked at; a forest has more, and all see the same."""
+
 _INNER = ("best_estimator_", "regressor_", "classifier_", "estimator_")
 _WORDS = ("a sample", "another text", "some other words", "one more", "the last one")
 
@@ -150,16 +153,26 @@ class Table:
     ----------
     ignored
         Columns that the model does not use.
+    passed
+        Columns that the model does not use, and has to be given: it drops them only after it has passed them on.
     order
-        All columns of the training table, if it has such.
+        All columns of the training table, if it does not use some.
     as_dicts
         Whether the model takes a list of dictionaries instead of a DataFrame.
     """
 
-    def __init__(self, columns: Sequence[Column], ignored: Sequence[str] = (), order: Sequence[str] = (), as_dicts: bool = False) -> None:
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        ignored: Sequence[str] = (),
+        passed: Sequence[str] = (),
+        order: Sequence[str] = (),
+        as_dicts: bool = False,
+    ) -> None:
         self.columns = list(columns)
         self.ignored = list(ignored)
         self.order = list(order)
+        self._passed = list(passed)
         self._as_dicts = as_dicts
 
     def made_up(self, count: int) -> Arrays:
@@ -176,7 +189,8 @@ class Table:
             return [{name: value for name, value in zip(names, row) if value == value and value is not None} for row in zip(*values)]
         from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]
 
-        return DataFrame({column.name: column.series(inputs[column.name]) for column in self.columns})
+        frame = {column.name: column.series(inputs[column.name]) for column in self.columns}
+        return DataFrame(frame if not self._passed else {**frame, **dict.fromkeys(self._passed, np.nan)})
 
 
 def _python_values(column: Column, values: np.ndarray[Any, Any]) -> list[Any]:
@@ -235,7 +249,8 @@ def find_table(
     is_numbers = all(column.datatype != "BYTES" and column.dtype not in _NULLABLE and not column.optional for column in taken)
     if is_numbers and (is_matrix or not ignored):
         return None
-    return Table(taken, ignored, order=names if ignored and names and set(columns) == set(names) else ())
+    passed = [name for name in ignored if name in search.passed]
+    return Table(taken, ignored, passed, order=names if ignored and names and set(columns) == set(names) else ())
 
 
 def find_opaque(estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = ()) -> list[list[Column]]:
@@ -260,21 +275,61 @@ def _declared(spec: Mapping[str, Any], found: Column | None) -> Column:
     return column
 
 
+def inner_of(estimator: Any) -> list[Any]:
+    """Return the fitted parts of an estimator that see its input as it comes: the first step of a pipeline, the members of an ensemble."""
+    steps = getattr(estimator, "steps", None)
+    if isinstance(steps, list) and steps:
+        return _working_steps(steps)[:1]
+    union = getattr(estimator, "transformer_list", None)
+    if isinstance(union, list):
+        return [part for _, part in union]
+    for name in _INNER:
+        if hasattr(estimator, name):
+            return [getattr(estimator, name)]
+    members = getattr(estimator, "estimators_", None)
+    if isinstance(members, list) and not hasattr(estimator, "estimators_features_"):
+        return members[:_MOST_MEMBERS]
+    calibrated = getattr(estimator, "calibrated_classifiers_", None)
+    if isinstance(calibrated, list):
+        return [part.estimator for part in calibrated if hasattr(part, "estimator")][:_MOST_MEMBERS]
+    return []
+
+
+def _working_steps(steps: Sequence[Any]) -> list[Any]:
+    """Return the steps of a pipeline that do something."""
+    return [step for _, step in steps if step is not None and not isinstance(step, str) and not _is_identity(step)]
+
+
 class _Search:
-    """Walks a fitted model from its input on, with the names of the columns that each part sees."""
+    """Walks a fitted model from its input on, with the names of the columns that each part sees.
+
+    Attributes
+    ----------
+    found
+        Columns whose kind something remembers.
+    used, dropped
+        Names of columns that something looks at, and that something drops.
+    passed
+        Of the dropped ones, those that are passed on at first.
+    opaque
+        Columns that a function sees first, those of one function together.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, Column] = {}
         self.used: set[str] = set()
         self.dropped: set[str] = set()
+        self.passed: set[str] = set()
         self.opaque: list[dict[str, Column]] = []
+        self._nested = 0
 
     def visit(self, estimator: Any, names: list[str], depth: int = 0) -> None:
         if depth > 8 or isinstance(estimator, str):
+            self.used.update(names)
             return
         steps = getattr(estimator, "steps", None)
         if isinstance(steps, list) and steps:
-            parts = [step for _, step in steps if step is not None and not isinstance(step, str) and not _is_identity(step)]
+            parts = _working_steps(steps)
             if parts and type(parts[0]).__name__ == "FunctionTransformer":
                 self._add_opaque(names, parts[1:])
             elif parts:
@@ -283,14 +338,12 @@ class _Search:
         if hasattr(estimator, "transformers_"):
             self._visit_parts(estimator, names, depth)
             return
-        union = getattr(estimator, "transformer_list", None)
-        if isinstance(union, list):
-            for _, part in union:
+        inner = inner_of(estimator)
+        if inner:
+            if getattr(estimator, "passthrough", False) is True:
+                self.used.update(names)  # stacked: the last estimator sees all of them beside the others' answers
+            for part in inner:
                 self.visit(part, names, depth + 1)
-            return
-        inner = next((getattr(estimator, name) for name in _INNER if hasattr(estimator, name)), None)
-        if inner is not None:
-            self.visit(inner, names, depth + 1)
             return
         preprocessor = getattr(estimator, "_preprocessor", None)
         if preprocessor is not None and hasattr(preprocessor, "transformers_"):
@@ -313,9 +366,12 @@ class _Search:
             columns = _selected(selected, names)
             if isinstance(part, str) and part == "drop":
                 self.dropped.update(columns)
+                if self._nested:
+                    self.passed.update(columns)
                 continue
-            self.used.update(columns)
+            self._nested += 1
             self.visit(part, columns, depth + 1)
+            self._nested -= 1
 
     def _mark_categories(self, estimator: Any, names: list[str]) -> None:
         flags = getattr(estimator, "is_categorical_", None)
