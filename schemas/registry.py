@@ -213,11 +213,15 @@ class SetTraffic(Command):
 
 
 class DeleteEndpoint(Command):
-    """Delete an endpoint; refused while a deployment takes traffic, unless ``force``, which removes its deployments too."""
+    """Delete an endpoint; refused while a deployment takes traffic, unless ``force``, which removes its deployments too.
+
+    Its inference topics go a little later, unless ``keep_topics``.
+    """
 
     event_type = "millrace.registry.endpoint.delete.v1"
     endpoint_name: Name
     force: bool = False
+    keep_topics: bool = False
 
     @property
     def entity(self) -> str:
@@ -384,10 +388,11 @@ class TrafficChanged(Fact):
 
 
 class EndpointDeleted(Fact):
-    """An endpoint is gone; its deployments are being removed."""
+    """An endpoint is gone; its deployments are being removed, and so are its inference topics, unless ``keep_topics``."""
 
     event_type = "millrace.registry.endpoint.deleted.v1"
     endpoint_name: Name
+    keep_topics: bool = False
 
     @property
     def entity(self) -> str:

@@ -80,7 +80,7 @@ EVENTS = Topic(
         predictions.PredictionLogLost,
     ),
     producers=("registry", "validator", "builder", "serving", "gateway"),
-    consumers=("registry", "validator", "builder", "gateway"),
+    consumers=("registry", "validator", "builder", "gateway", "streaming"),
     retention_ms=90 * DAY_MS,
 )
 

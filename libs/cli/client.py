@@ -170,9 +170,10 @@ class Client:
         """One endpoint with its deployments."""
         return self._call("GET", f"/api/v1/endpoints/{segment(endpoint)}")
 
-    def delete_endpoint(self, endpoint: str, *, force: bool = False) -> Json:
+    def delete_endpoint(self, endpoint: str, *, force: bool = False, keep_topics: bool = False) -> Json:
         """Delete an endpoint."""
-        return self._command("DELETE", f"/api/v1/endpoints/{segment(endpoint)}", params=_forced(force))[1]
+        kept = {"keep_topics": "true"} if keep_topics else {}
+        return self._command("DELETE", f"/api/v1/endpoints/{segment(endpoint)}", params=_forced(force) | kept)[1]
 
     def deploy(self, endpoint: str, body: Json) -> Json:
         """Deploy a version to an endpoint; the deployment's view."""

@@ -73,11 +73,12 @@ def show(name: EndpointName, as_json: AsJson = False) -> None:
 def delete(
     name: EndpointName,
     force: Annotated[bool, typer.Option("--force", help="Even while it takes traffic.")] = False,
+    keep_topics: Annotated[bool, typer.Option("--keep-topics", help="Its inference topics stay; else they go a little later.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete an endpoint; refused while it takes traffic, unless --force."""
     with open_session("endpoints delete") as session:
-        answer = session.client.delete_endpoint(name, force=force)
+        answer = session.client.delete_endpoint(name, force=force, keep_topics=keep_topics)
     if as_json:
         output.show_json(answer)
     else:

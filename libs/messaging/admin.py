@@ -1,4 +1,4 @@
-"""Creating topics."""
+"""Creating and deleting topics."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,9 @@ from libs.errors import ConfigurationError, TransientError
 from libs.settings import KafkaSettings
 from schemas.topics import Topic
 
+_UNKNOWN_TOPIC = 3
 _TOPIC_ALREADY_EXISTS = 36
+_PASSING = frozenset({7, 41})  # REQUEST_TIMED_OUT, NOT_CONTROLLER
 
 
 async def create_topics(settings: KafkaSettings, topics: Sequence[Topic], replication_factor: int = 1) -> None:
@@ -51,6 +53,36 @@ async def create_topics(settings: KafkaSettings, topics: Sequence[Topic], replic
             await client.close()
     except KafkaError as error:
         raise TransientError(f"the topics could not be created at {settings.bootstrap_servers}: {error!r}") from error
+
+
+async def delete_topics(settings: KafkaSettings, topics: Sequence[Topic]) -> None:
+    """Delete topics with what they hold; those that do not exist are passed over.
+
+    The embedded broker has no administration and keeps its topics, in memory, until it ends.
+
+    Raises
+    ------
+    ConfigurationError
+        When the broker refuses it.
+    TransientError
+        When the broker cannot be reached, or not all of them are gone yet.
+    """
+    if settings.embedded or not topics:
+        return
+    client = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap_servers, request_timeout_ms=settings.request_timeout_ms)
+    try:
+        try:
+            await client.start()
+            answer = await client.delete_topics([topic.name for topic in topics])
+        finally:
+            await client.close()
+    except KafkaError as error:
+        raise TransientError(f"the topics could not be deleted at {settings.bootstrap_servers}: {error!r}") from error
+    for name, code, *_ in answer.topic_error_codes:
+        if code in _PASSING:
+            raise TransientError(f"the topic {name!r} is not deleted yet: {for_code(code).__name__}")
+        if code not in (0, _UNKNOWN_TOPIC):
+            raise ConfigurationError(f"the broker refused to delete the topic {name!r}: {for_code(code).__name__}")
 
 
 async def _touch(settings: KafkaSettings, topics: Sequence[Topic]) -> None:

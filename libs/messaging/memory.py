@@ -37,6 +37,14 @@ class MemoryBroker:
         """The offset a group would go on from."""
         return self._committed.get((group, TopicPartition(topic, 0)), 0)
 
+    async def delete_topics(self, names: Sequence[str]) -> None:
+        """Forget topics, what they hold and how far groups have read them."""
+        self.check_reachable()
+        async with self._changed:
+            for name in names:
+                self._records.pop(name, None)
+            self._committed = {(group, place): offset for (group, place), offset in self._committed.items() if place.topic not in names}
+
     def producer(self) -> "MemoryProducer":
         return MemoryProducer(self)
 

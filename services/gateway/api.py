@@ -29,6 +29,7 @@ _WAIT = re.compile(r"wait=(\d{1,9})")
 
 Prefer = Annotated[str | None, Header(description="`wait=S`: seconds to wait for the answer; `respond-async`: do not wait (RFC 7240).")]
 Force = Annotated[bool, Query(description="Also when it takes traffic.")]
+KeepTopics = Annotated[bool, Query(description="Its inference topics stay; else they go a little later.")]
 
 
 def create_api(management: Management) -> FastAPI:
@@ -137,9 +138,9 @@ def _add_endpoints(api: FastAPI, management: Management) -> None:
         return _json(endpoint_view(catalog, endpoint))
 
     @api.delete("/api/v1/endpoints/{endpoint}", tags=["endpoints"])
-    async def delete_endpoint(endpoint: str, force: Force = False, prefer: Prefer = None) -> Response:
+    async def delete_endpoint(endpoint: str, force: Force = False, keep_topics: KeepTopics = False, prefer: Prefer = None) -> Response:
         """Delete an endpoint; refused while it takes traffic, unless forced."""
-        return _response(await management.delete_endpoint(endpoint, force, wait_s(prefer)))
+        return _response(await management.delete_endpoint(endpoint, force, wait_s(prefer), keep_topics))
 
     @api.post("/api/v1/endpoints/{endpoint}/deployments", status_code=201, tags=["endpoints"])
     async def deploy(endpoint: str, body: bodies.NewDeployment, prefer: Prefer = None) -> Response:

@@ -164,9 +164,9 @@ class Management:
         )
         return await self._submit(command, wait_s, lambda fact: Answer(201, self._endpoint(body.name, fact)))
 
-    async def delete_endpoint(self, endpoint: str, force: bool, wait_s: float | None) -> Answer:
-        """Delete an endpoint with its deployments."""
-        command = DeleteEndpoint(endpoint_name=endpoint, force=force)
+    async def delete_endpoint(self, endpoint: str, force: bool, wait_s: float | None, keep_topics: bool = False) -> Answer:
+        """Delete an endpoint with its deployments, and its inference topics unless they are kept."""
+        command = DeleteEndpoint(endpoint_name=endpoint, force=force, keep_topics=keep_topics)
         return await self._submit(command, wait_s, lambda _: Answer(200, {"endpoint_name": endpoint}))
 
     async def deploy(self, endpoint: str, body: bodies.NewDeployment, wait_s: float | None) -> Answer:

@@ -122,7 +122,7 @@ def delete(state: State, command: DeleteEndpoint, context: Context) -> Decision:
     for deployment in state.deployments_of(endpoint.endpoint_name):
         decision += _removal(deployment, context)
     gone = Deletion(EndpointSnapshot, endpoint.endpoint_name)
-    return decision + Decision((EndpointDeleted(endpoint_name=endpoint.endpoint_name),), (gone,))
+    return decision + Decision((EndpointDeleted(endpoint_name=endpoint.endpoint_name, keep_topics=command.keep_topics),), (gone,))
 
 
 def ready(state: State, outcome: DeploymentReady, context: Context) -> Decision:

@@ -8,7 +8,7 @@ from libs.inference.pool import RunnerPool
 from libs.inference.spans import RunnerSpans, runner_spans
 from libs.lifecycle import Component
 from libs.messaging import cloudevents
-from libs.messaging.admin import create_topics
+from libs.messaging.admin import create_topics, delete_topics
 from libs.messaging.broker import Broker
 from libs.messaging.cloudevents import Clock
 from libs.messaging.follower import Follower
@@ -20,6 +20,7 @@ from services.streaming.answering import AnswerParts
 from services.streaming.claims import Claims
 from services.streaming.log import StreamLog, StreamLogs
 from services.streaming.reporting import Reporting
+from services.streaming.retirement import DeleteTopics, Retirement
 from services.streaming.settings import Settings
 from services.streaming.state import State
 from services.streaming.streams import CreateTopics, StreamParts, Streams
@@ -31,6 +32,7 @@ def build(
     broker: Broker | None = None,
     logs: StreamLogs | None = None,
     topics: CreateTopics | None = None,
+    deletion: DeleteTopics | None = None,
     store: ArtifactStore | None = None,
     spans: RunnerSpans | None = None,
     clock: Clock = cloudevents.utc_now,
@@ -40,6 +42,9 @@ def build(
 
     async def create(topics: Sequence[Topic]) -> None:
         await create_topics(settings.kafka, topics)
+
+    async def delete(topics: Sequence[Topic]) -> None:
+        await delete_topics(settings.kafka, topics)
 
     def stream_log(endpoint_name: str) -> StreamLog:
         return KafkaStreamLog(settings.kafka, endpoint_name, settings.chunk_bytes, PROCESS)
@@ -53,6 +58,9 @@ def build(
         metrics=PROCESS,
         is_traced=spans is not None or bool(settings.telemetry.otel_exporter_otlp_endpoint),
     )
-    follower = Follower(broker or KafkaBroker(settings.kafka), [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
+    broker = broker or KafkaBroker(settings.kafka)
+    follower = Follower(broker, [STATE_ENDPOINTS.name, STATE_DEPLOYMENTS.name], state.apply)
     streams = Streams(StreamParts(state, logs or stream_log, topics or create, answering, settings.stream_limits))
-    return [follower, Reporting(settings.process.home / "run" / reports.STREAMS_FILE, streams.failing), streams]
+    retirement = Retirement(broker, deletion or delete, streams.is_used, settings.topics_kept_s, clock)
+    reporting = Reporting(settings.process.home / "run" / reports.STREAMS_FILE, streams.failing)
+    return [follower, reporting, retirement, streams]

@@ -37,6 +37,12 @@ class Settings(BaseSettings):
     claim_bytes: int = Field(
         64 * 2**20, ge=2**20, description="Largest request or result that is fetched from or put into the artifact store, in bytes."
     )
+    topics_kept_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long the inference topics of a deleted endpoint stay, in seconds; created again within it, the endpoint has "
+        "what they hold. `millrace endpoints delete --keep-topics` keeps them for good.",
+    )
     metrics_port: int = Field(
         9105,
         ge=0,

@@ -96,6 +96,7 @@ class Streams:
         self._state = parts.state
         self._pool = parts.answering.pool
         self._streams: dict[str, tuple[Stream, asyncio.Task[None]]] = {}
+        self._ending: set[str] = set()
         self._stopping = asyncio.Event()
         self._is_started = False
 
@@ -107,6 +108,10 @@ class Streams:
         """The streams that have failed and have not advanced since, by endpoint."""
         failures = (stream.failure for _, (stream, _) in sorted(self._streams.items()))
         return [failure for failure in failures if failure is not None]
+
+    def is_used(self, endpoint_name: str) -> bool:
+        """Whether an endpoint's topics are needed: it exists, or its stream has not ended yet."""
+        return endpoint_name in self._streams or endpoint_name in self._ending or endpoint_name in self._state.routing.endpoint_names()
 
     async def start(self) -> None:
         self._pool.open()
@@ -130,8 +135,10 @@ class Streams:
         await self._end(self._streams.keys() - wanted)
 
     async def _end(self, names: Collection[str]) -> None:
-        ending = [self._streams.pop(name) for name in names]
+        self._ending = set(names)
+        ending = [self._streams.pop(name) for name in self._ending]
         await asyncio.gather(*(stream.stop(task) for stream, task in ending))
+        self._ending = set()
 
     async def _next_change(self) -> None:
         """Return when endpoints changed, or after a minute; raise when a stream ended by itself."""

@@ -7,10 +7,13 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
 
 from libs.errors import PayloadTooLargeError, TransientError
+from libs.messaging.admin import create_topics, delete_topics
 from libs.messaging.errors import FencedError
 from libs.messaging.records import MAX_RECORD_BYTES, Record, TopicPartition
+from schemas.topics import Topic
 
 
 @contextlib.asynccontextmanager
@@ -255,3 +258,38 @@ async def test_stopping_what_never_started_is_harmless(log):
         log.broker.transactional_producer("i"),
     ):
         await client.stop()
+
+
+async def test_a_deleted_topic_is_gone_and_a_new_one_of_its_name_begins_anew(log):
+    (name,) = await log.topics(1)
+    group = f"g-{uuid.uuid4().hex[:8]}"
+    topic = Topic(name, "any", (), (), ())
+    await _consumed(log, name, group, numbered(name, 3))
+    if log.settings is None:
+        await log.broker.delete_topics([name])
+    else:
+        await delete_topics(log.settings, [topic, Topic(f"{name}-unknown", "any", (), (), ())])
+        if log.settings.embedded:
+            return  # it keeps its topics until it ends
+        assert await _existing(log.settings, name) == set()
+        await create_topics(log.settings, [topic])
+    await _consumed(log, name, group, numbered(name, 2))
+
+
+async def _consumed(log, topic: str, group: str, records: list[Record]) -> None:
+    """Write records and find a group to be given exactly them."""
+    async with started(log.broker.producer(), log.broker.consumer([topic], group)) as (producer, consumer):
+        await producer.send(records)
+        taken = await take(consumer, len(records))
+        assert values(taken) == values(records)
+        assert [record.offset for record in taken] == list(range(len(records)))
+        await consumer.commit({TopicPartition(topic, 0): len(records)})
+
+
+async def _existing(settings, *names: str) -> set[str]:
+    client = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap_servers)
+    await client.start()
+    try:
+        return set(await client.list_topics()) & set(names)
+    finally:
+        await client.close()

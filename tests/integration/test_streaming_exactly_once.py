@@ -19,16 +19,26 @@ from typing import Any
 import orjson
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from libs.messaging import cloudevents
 from libs.messaging.admin import create_topics
 from libs.messaging.kafka import KafkaBroker
 from libs.messaging.records import Record
 from libs.settings import KafkaSettings
+from schemas.base import Payload
 from schemas.environment import EnvironmentLock
 from schemas.inference import Datatype, Signature, TensorSpec
-from schemas.registry import Artifact, ArtifactFormat, DeploymentSnapshot, DeploymentStatus, EndpointSnapshot
-from schemas.topics import DLQ, TOPICS, inference_requests, inference_results
+from schemas.registry import (
+    Artifact,
+    ArtifactFormat,
+    DeploymentSnapshot,
+    DeploymentStatus,
+    EndpointCreated,
+    EndpointDeleted,
+    EndpointSnapshot,
+)
+from schemas.topics import DLQ, STATE_ENDPOINTS, TOPICS, inference_requests, inference_results
 from tests.conftest import KafkaServer
 from tests.unit.runners import KEY, FakeRunner
 
@@ -36,6 +46,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 PATIENCE_S = 120.0
 SESSION_S = 6.0
+TOPICS_KEPT_S = 4.0
 MIXED_RECORDS = int(os.environ.get("STREAMING_TEST_RECORDS", "2000"))
 """Of which one in a hundred is bad; 100 000 by hand."""
 
@@ -189,6 +200,7 @@ class Stage:
             "ARTIFACTS_URL": (self.home / "artifacts").as_uri(),
             "MILLRACE_HOME": str(self.home),
             "METRICS_PORT": "0",
+            "STREAMING_TOPICS_KEPT_S": str(TOPICS_KEPT_S),
             "LOG_FORMAT": "text",
         }
         with (self.home / f"{instance}.log").open("ab") as log:
@@ -252,9 +264,15 @@ async def say_deployed(settings: KafkaSettings, endpoint_name: str, runner: Fake
         **times,
     )
     endpoint = EndpointSnapshot(endpoint_name=endpoint_name, traffic={deployment_id: 100}, deployment_ids=(deployment_id,), **times)
+    await say(settings, endpoint, deployment, EndpointCreated(endpoint_name=endpoint_name))
+
+
+async def say(settings: KafkaSettings, *payloads: Payload | Record) -> None:
+    now = datetime.now(UTC)
+    records = [each if isinstance(each, Record) else cloudevents.write(cloudevents.new_event(each, "/test", now=now)) for each in payloads]
     producer = KafkaBroker(settings).producer()
     await producer.start()
-    await producer.send([cloudevents.write(cloudevents.new_event(each, "/test", now=now)) for each in (endpoint, deployment)])
+    await producer.send(records)
     await producer.stop()
 
 
@@ -416,3 +434,44 @@ async def test_bad_records_among_good_ones_stop_nobody(kafka_server, tmp_path):
     assert (len(found.counts), found.duplicates) == (MIXED_RECORDS, 0)
     assert (set(letters.counts), letters.duplicates) == (bad, 0)
     assert "begins anew" not in log
+
+
+async def test_topics_of_a_deleted_endpoint_go_and_stay_away_until_it_is_created_again(kafka_server, tmp_path):
+    async with stage(kafka_server, tmp_path) as place:
+        servers, name = place.settings.bootstrap_servers, place.endpoint_name
+        topics = {place.requests, inference_results(name).name}
+        admin = AdminClient({"bootstrap.servers": servers})
+
+        def existing() -> set[str]:
+            return topics & admin.list_topics(timeout=10).topics.keys()
+
+        async def delete(**how: bool) -> None:
+            await say(place.settings, cloudevents.tombstone(STATE_ENDPOINTS.name, name), EndpointDeleted(endpoint_name=name, **how))
+
+        async def answers() -> None:
+            publish(servers, place.requests, range(100))
+            found = place.results()
+            await found.until(100)
+            await found.rest(2)
+            assert found.duplicates == 0
+
+        place.start("a")
+        await place.reads("a")
+        await answers()
+        await delete(keep_topics=True)
+        await asyncio.sleep(2 * TOPICS_KEPT_S)
+        assert existing() == topics
+        await say_deployed(place.settings, name, place.runner)
+        await place.reads("a", times=2)
+        await delete()
+        place.send("a", signal.SIGKILL)
+        place.start("a")
+        began = time.monotonic()
+        await until(lambda: not existing(), "the topics are gone")
+        print(f"gone {time.monotonic() - began:.1f} s after a restart")
+        await asyncio.sleep(5)
+        assert existing() == set()
+        await say_deployed(place.settings, name, place.runner)
+        await place.reads("a", times=3)
+        await answers()
+        assert place.processes["a"].poll() is None

@@ -12,6 +12,13 @@ from tests.unit.runners import KEY
 from tests.unit.streaming.conftest import GROUP, ID, NOW, REQUESTS, RESULTS, World, deployment
 
 
+def broker_deletes(broker):
+    async def delete(topics) -> None:
+        await broker.delete_topics([topic.name for topic in topics])
+
+    return delete
+
+
 async def test_a_record_is_answered_by_the_components_as_they_are_built(tmp_path, run):
     world, broker = World(tmp_path), MemoryBroker()
     world.broker = broker
@@ -27,6 +34,7 @@ async def test_a_record_is_answered_by_the_components_as_they_are_built(tmp_path
         broker=broker,
         logs=lambda endpoint_name: MemoryStreamLog(broker, endpoint_name),
         topics=create,
+        deletion=broker_deletes(broker),
         store=MemoryStore(),
         spans=RunnerSpans(None),
         clock=lambda: NOW,
