@@ -126,13 +126,21 @@ def _ports(settings: LocalSettings, home: Home) -> Iterator[Finding]:
         wanted[settings.kafka_port] = ("broker", "set MILLRACE_KAFKA_PORT")
     for port, (name, way_out) in wanted.items():
         if processes.is_port_free(port):
-            yield Finding(Level.OK, "ports", f"{port} ({name}) is free")
+            if processes.is_ephemeral(port):
+                yield Finding(
+                    Level.WARNING,
+                    "ports",
+                    f"{port} ({name}) is free, but one that the kernel gives to clients ({processes.port_range()})",
+                    f"{way_out} to another, or run `sysctl -w net.ipv4.ip_local_reserved_ports={port}`",
+                )
+            else:
+                yield Finding(Level.OK, "ports", f"{port} ({name}) is free")
         else:
             yield Finding(
                 Level.PROBLEM,
                 "ports",
-                f"{port} ({name}) is taken by {processes.holder_of_port(port)}",
-                f"stop it or {way_out} to a free port",
+                f"{port} ({name}) is taken: {processes.holder_of_port(port)}",
+                f"end it or {way_out} to a free port",
             )
 
 

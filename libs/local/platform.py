@@ -148,6 +148,7 @@ def up(settings: LocalSettings, listener: Listener, on_ready: Callable[[Platform
             broker = choose_broker(settings, listener)
             tracing = find_jaeger(settings, home, listener)
             listed = (plan or parts)(settings, home, broker, tracing)
+            _warn_of_ephemeral_ports(listed, listener)
             asyncio.run(_supervise(settings, home, broker, tracing, listed, listener, on_ready))
         finally:
             processes.end(processes.members(home.instance), grace_s=2)
@@ -306,12 +307,21 @@ def choose_broker(settings: LocalSettings, listener: Listener) -> Broker:
     return Broker(BrokerKind.EMBEDDED, address)
 
 
+def _warn_of_ephemeral_ports(plan: Sequence[Part], listener: Listener) -> None:
+    for name, port in ((part.name, port) for part in plan for port in part.ports if processes.is_ephemeral(port)):
+        text = (
+            f"port {port} of {name} is one that the kernel gives to clients ({processes.port_range()}): it is kept while the platform runs "
+            f"and can be lost to a client when not; take another, or run `sysctl -w net.ipv4.ip_local_reserved_ports={port}`"
+        )
+        listener(Notice(text))
+
+
 def find_jaeger(settings: LocalSettings, home: Home, listener: Listener) -> jaeger.Jaeger | None:
     """The Jaeger to start: none when the user has a collector, when none is on PATH, or when its ports are taken."""
     found = None if settings.otlp_endpoint else jaeger.find(home.run / "jaeger.yaml")
     taken = [port for port in (jaeger.OTLP_PORT, jaeger.QUERY_PORT) if not processes.is_port_free(port)]
     if found is not None and taken:
-        listener(Notice(f"Jaeger is not started: {processes.holder_of_port(taken[0])} listens on port {taken[0]}; no traces are kept"))
+        listener(Notice(f"Jaeger is not started: port {taken[0]} is taken: {processes.holder_of_port(taken[0])}; no traces are kept"))
         return None
     return found
 
@@ -326,6 +336,7 @@ def parts(settings: LocalSettings, home: Home, broker: Broker, tracing: jaeger.J
                 "jaeger",
                 tracing.argv,
                 lambda: tracing.environment,
+                ports=(jaeger.QUERY_PORT, jaeger.OTLP_PORT),
                 is_ready=lambda: processes.accepts(jaeger.QUERY_PORT) and processes.accepts(jaeger.OTLP_PORT),
                 stop_timeout_s=2,
                 required=False,

@@ -5,15 +5,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 INSTANCE_VARIABLE = "MILLRACE_INSTANCE"
 PART_VARIABLE = "MILLRACE_PART"
 LOOPBACK = "127.0.0.1"
+
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_RESERVED_PORTS = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
+_ENDED = (psutil.CONN_TIME_WAIT, psutil.CONN_FIN_WAIT2)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -120,14 +125,76 @@ def accepts(port: int, host: str = LOOPBACK) -> bool:
         return False
 
 
-def holder_of_port(port: int) -> str:
-    """Who listens on a port, in words; only as much as this user may know."""
+def reserve(port: int, host: str = LOOPBACK) -> socket.socket:
+    """Keep a port from being lost while nobody listens on it, until the socket is closed; who sets ``SO_REUSEADDR`` can listen there.
+
+    The kernel gives a client that connects any port of its ephemeral range that is not bound, even the very port it wants to reach: then
+    the client is connected to itself, for ever, and nobody can listen there. A port that is bound is never given.
+
+    Raises
+    ------
+    OSError
+        When it is taken.
+    """
+    keeper = socket.socket()
+    try:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind((host, port))
+    except OSError:
+        keeper.close()
+        raise
+    return keeper
+
+
+def is_ephemeral(port: int) -> bool:
+    """Whether the kernel may give this port to any client that connects somewhere."""
+    try:
+        first, last = map(int, _PORT_RANGE.read_text().split())
+        kept = _RESERVED_PORTS.read_text().strip()
+    except (OSError, ValueError):
+        return False
+    spans = [span.partition("-") for span in kept.split(",") if span]
+    return first <= port <= last and not any(int(low) <= port <= int(high or low) for low, _, high in spans)
+
+
+def port_range() -> str:
+    """The kernel's ephemeral range, in words."""
+    return "–".join(_PORT_RANGE.read_text().split())
+
+
+def holder_of_port(port: int, host: str = LOOPBACK) -> str:
+    """Who keeps us from listening on a port, as a clause that goes on after its name; only as much as this user may know."""
     with suppress(psutil.Error):
-        for each in psutil.net_connections(kind="tcp"):
-            if each.status == psutil.CONN_LISTEN and getattr(each.laddr, "port", 0) == port and each.pid:
-                with suppress(psutil.Error):
-                    return f"process {each.pid} ({_short(psutil.Process(each.pid).cmdline())})"
-    return "another process"
+        found: list[Any] = [each for each in psutil.net_connections(kind="tcp") if getattr(each.laddr, "port", 0) == port]
+        listening = [each for each in found if each.status == psutil.CONN_LISTEN and _conflicts(each.laddr.ip, host)]
+        to_itself = [each for each in found if each.raddr == each.laddr and each.status not in _ENDED]
+        connected = [each for each in found if each.raddr and each.status not in _ENDED and _conflicts(each.laddr.ip, host)]
+        if listening:
+            return f"{_process(listening)} listens there"
+        if to_itself:
+            return (
+                f"{_process(to_itself)} is connected to itself there: it tried to reach the port while nobody listened, "
+                "and the kernel gave it that port as its own"
+            )
+        if connected:
+            there = connected[0].raddr
+            return f"a connection of {_process(connected[:1])} to {there.ip}:{there.port} uses it"
+        if any(each.status in _ENDED for each in found):
+            return "a connection that has just ended keeps it for at most a minute"
+    return "another process has it"
+
+
+def _process(connections: Sequence[Any]) -> str:
+    for each in connections:
+        if each.pid:
+            with suppress(psutil.Error):
+                return f"process {each.pid} ({_short(psutil.Process(each.pid).cmdline())})"
+    return "a process of another user"
+
+
+def _conflicts(address: str, host: str) -> bool:
+    everywhere = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+    return host in everywhere or address in (host, f"::ffff:{host}", *everywhere)
 
 
 def last_lines(log: Path, offset: int = 0, count: int = 20, size_bytes: int = 16_384) -> list[str]:

@@ -72,7 +72,8 @@ class Part:
     is_ready
         Asked again and again until it says True, after ``announces``; may block, runs in a thread. A MillraceError means: never.
     ports
-        Loopback ports it will listen on; checked to be free before its first start.
+        Loopback ports it will listen on; found to be free before the first start of anything, and kept from being lost to a client
+        while it is not there.
     listens
         Sockets that are opened at its first start, are handed to each of its processes, and closed when it is stopped for good.
     stale_files
@@ -193,6 +194,7 @@ class Supervisor:
         self._began = time.monotonic()
         self._stop_asked = asyncio.Event()
         self._spawning = 0
+        self._reserved: dict[int, socket.socket] = {}
 
     def stop(self) -> None:
         """Ask for the end; the second time, whatever still runs is killed at once."""
@@ -211,7 +213,14 @@ class Supervisor:
         PartFailedError
             When a part does not come up; everything has been stopped by then.
         """
-        self._check_ports()
+        try:
+            self._reserve_ports()
+            await self._supervise(on_ready)
+        finally:
+            for keeper in self._reserved.values():
+                keeper.close()
+
+    async def _supervise(self, on_ready: Callable[[], Awaitable[None]]) -> None:
         processes.adopt_orphans()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -232,7 +241,8 @@ class Supervisor:
             await self._stop_all()
             loop.remove_signal_handler(signal.SIGCHLD)
 
-    def _check_ports(self) -> None:
+    def _reserve_ports(self) -> None:
+        """Make sure that the ports are free, and stay so while their parts are not there."""
         wanted: dict[int, str] = {}
         for running in self.parts.values():
             for port in running.part.ports:
@@ -241,11 +251,14 @@ class Supervisor:
                     raise PortTakenError(
                         f"{running.part.name} and {other} cannot both listen on {processes.LOOPBACK}:{port}; choose another port for one"
                     )
-                if not processes.is_port_free(port):
-                    raise PortTakenError(
-                        f"{running.part.name} cannot listen on {processes.LOOPBACK}:{port}: {processes.holder_of_port(port)} does already; "
-                        "stop it or choose another port"
-                    )
+                if port not in self._reserved:
+                    try:
+                        self._reserved[port] = processes.reserve(port)
+                    except OSError as error:
+                        raise PortTakenError(
+                            f"{running.part.name} cannot listen on {processes.LOOPBACK}:{port}: {processes.holder_of_port(port)}; "
+                            "end it or choose another port"
+                        ) from error
 
     async def _all_ready(self, on_ready: Callable[[], Awaitable[None]]) -> None:
         for running in self.parts.values():

@@ -83,12 +83,14 @@ def test_an_unknown_broker_is_refused_with_the_choices(run: Run) -> None:
 
 def test_up_that_cannot_start_is_one_sentence(replace: Replace, run: Run) -> None:
     def up(*_: Any) -> None:
-        raise PortTakenError("gateway cannot listen on 127.0.0.1:8080: nginx does already; stop it or choose another port")
+        raise PortTakenError("gateway cannot listen on 127.0.0.1:8080: process 9 (nginx) listens there; end it or choose another port")
 
     replace(up=up)
     outcome = run("up")
     assert (outcome.exit_code, outcome.out) == (1, "")
-    assert outcome.err == "millrace: gateway cannot listen on 127.0.0.1:8080: nginx does already; stop it or choose another port\n"
+    assert (
+        outcome.err == "millrace: gateway cannot listen on 127.0.0.1:8080: process 9 (nginx) listens there; end it or choose another port\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_a_taken_port_is_a_problem_with_its_holder_and_the_way_out() -> None:
         taken.listen()
         (finding,) = findings("ports", http_port=taken.getsockname()[1], grpc_enabled=False)
     assert finding.level is Level.PROBLEM
-    assert "is taken by process" in finding.text
+    assert "is taken: process" in finding.text
     assert "set GATEWAY_HTTP_PORT" in finding.remedy
 
 

@@ -16,20 +16,22 @@ from libs.local.errors import AlreadyRunningError, PortTakenError
 from libs.local.home import Home
 from libs.local.platform import Broker, BrokerKind
 from libs.local.settings import BrokerChoice, LocalSettings
-from libs.local.supervisor import Event, State
+from libs.local.supervisor import Event, Part, State
 from libs.reports import EndpointReport
 
 SERVICE = """
-import http.server, json, os, pathlib, time
+import http.server, json, os, pathlib, socket, time
 
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
 
-port = int(os.environ["GATEWAY_HTTP_PORT"]) if os.environ["MILLRACE_PART"] == "gateway" else 0
-server = http.server.HTTPServer(("127.0.0.1", port), Healthy)
-if os.environ["MILLRACE_PART"] == "gateway":
+is_gateway = os.environ["MILLRACE_PART"] == "gateway"
+server = http.server.HTTPServer(("127.0.0.1", 0), Healthy, bind_and_activate=not is_gateway)
+if is_gateway:
+    server.socket.close()
+    server.socket = socket.socket(fileno=json.loads(os.environ["GATEWAY_HTTP_SOCKETS"])[0])
     said = pathlib.Path(os.environ["MILLRACE_HOME"]) / "run" / "endpoints.json"
     rows = json.loads(os.environ.get("TEST_ENDPOINTS", "[]"))
     said.write_text(json.dumps({"pid": os.getpid(), "written_at": time.time(), "rows": rows}))
@@ -254,3 +256,13 @@ def test_a_restart_shows_in_the_status(settings: LocalSettings, supervisor: subp
     while platform.status(settings).parts[0].restarts == 0 or platform.status(settings).parts[0].state != State.READY:
         pass
     assert platform.status(settings).is_ready
+
+
+def test_a_port_that_the_kernel_gives_to_clients_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Event | platform.Notice] = []
+    monkeypatch.setattr(processes, "is_ephemeral", lambda port: port == 39_092)
+    platform._warn_of_ephemeral_ports([Part("broker", ports=(39_092,)), Part("gateway", ports=(8080,))], said.append)
+    (notice,) = said
+    assert isinstance(notice, platform.Notice)
+    assert "port 39092 of broker is one that the kernel gives to clients" in notice.text
+    assert "sysctl -w net.ipv4.ip_local_reserved_ports=39092" in notice.text

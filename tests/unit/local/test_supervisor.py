@@ -1,7 +1,11 @@
 import asyncio
 import os
+import random
+import re
 import signal
 import socket
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -203,3 +207,90 @@ async def test_a_part_whose_address_cannot_be_listened_on_does_not_start(home: H
         supervisor = make_supervisor(home, [program("door", listens=(Listening("SOCKETS", "127.0.0.1", port),))], lambda _: None)
         with pytest.raises(PortTakenError, match=f"door cannot listen on 127.0.0.1:{port}"):
             await supervisor.run(lambda: None)
+
+
+def connected_to_itself(port: int) -> socket.socket | None:
+    """What becomes of a client that tries and tries while nobody listens; None when it was always refused."""
+    for _ in range(80_000):
+        client = socket.socket()
+        try:
+            client.connect((processes.LOOPBACK, port))
+        except ConnectionRefusedError:
+            client.close()
+            continue
+        return client
+    return None
+
+
+def ephemeral_port() -> int:
+    """A free port that Linux gives to clients: every second of the range, from its first; the others are given by ``bind``."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    return next(port for port in random.sample(range(first, last, 2), 100) if processes.is_port_free(port))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels choose ports otherwise")
+async def test_a_port_lost_to_a_client_that_is_connected_to_itself_is_named_with_that_client(home: Home) -> None:
+    port = ephemeral_port()
+    client = connected_to_itself(port)
+    assert client is not None
+    with client:
+        supervisor = make_supervisor(home, [program("broker", ports=(port,))], lambda _: None)
+        with pytest.raises(
+            PortTakenError, match=rf"127\.0\.0\.1:{port}: process {os.getpid()} \(.*\) is connected to itself there: it tried"
+        ):
+            await supervisor.run(lambda: None)
+
+
+LISTENING = """
+import os, pathlib, signal, socket
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(("127.0.0.1", {port}))
+listener.listen()
+pathlib.Path(os.environ["MILLRACE_READY_FILE"]).write_text(str(os.getpid()))
+signal.pause()
+"""
+
+
+async def test_a_port_is_not_lost_to_a_client_while_its_part_is_not_there(home: Home) -> None:
+    port = ephemeral_port()
+    broker = program("broker", LISTENING.format(port=port), ports=(port,), start_timeout_s=10.0)
+    async with supervised(home, [broker]) as run:
+        run.supervisor._backoff = Backoff(first_s=30.0)
+        os.kill(run.pid("broker"), signal.SIGKILL)
+        await run.until_said("broker", State.EXITED)
+        assert await asyncio.to_thread(connected_to_itself, port) is None
+        with socket.create_server((processes.LOOPBACK, port)):
+            assert processes.accepts(port), "whoever is meant to listen still can"
+    processes.reserve(port).close()
+
+
+def test_who_has_a_port_is_told_truly() -> None:
+    with socket.create_server((processes.LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+        me = f"process {os.getpid()} \\("
+        assert re.match(rf"{me}.*\) listens there", processes.holder_of_port(port))
+        with socket.create_connection((processes.LOOPBACK, port)) as client, server.accept()[0]:
+            mine = client.getsockname()[1]
+            assert re.match(rf"a connection of {me}.*\) to 127\.0\.0\.1:{port} uses it", processes.holder_of_port(mine))
+    assert processes.holder_of_port(mine) in ("a connection that has just ended keeps it for at most a minute", "another process has it")
+
+
+def test_which_ports_the_kernel_gives_to_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports, kept = tmp_path / "range", tmp_path / "reserved"
+    ports.write_text("32768\t60999\n")
+    kept.write_text("40000,50000-50009\n")
+    monkeypatch.setattr(processes, "_PORT_RANGE", ports)
+    monkeypatch.setattr(processes, "_RESERVED_PORTS", kept)
+    found = {port: processes.is_ephemeral(port) for port in (9092, 32768, 40000, 40001, 50005, 60999, 61000)}
+    assert [port for port, given in found.items() if given] == [32768, 40001, 60999]
+    assert processes.port_range() == "32768–60999"
+
+
+def test_no_default_port_is_one_that_linux_gives_to_clients() -> None:
+    from libs.local import jaeger
+    from libs.local.settings import LocalSettings
+
+    defaults = LocalSettings.model_fields
+    ports = [defaults[name].default for name in ("kafka_port", "http_port", "grpc_port")] + [jaeger.OTLP_PORT, jaeger.QUERY_PORT]
+    assert all(not 32_768 <= port <= 60_999 for port in (*ports, *range(9101, 9106)))
