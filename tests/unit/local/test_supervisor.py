@@ -192,6 +192,7 @@ async def test_a_connection_that_comes_while_a_part_restarts_is_answered_by_the_
         first = run.pid("door")
         assert await asked() == first
         os.kill(first, signal.SIGKILL)
+        await run.until_said("door", State.EXITED)
         async with asyncio.timeout(30):
             assert [await asked() for _ in range(3)] == [run.pid("door")] * 3
         assert run.pid("door") != first
