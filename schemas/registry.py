@@ -506,7 +506,8 @@ class DeploymentSnapshot(Payload):
     """A version at work for an endpoint: everything serving needs to run it and the gateway to reach it.
 
     ``generation`` grows with every change of what shall run; reports about an older generation are ignored.
-    ``pending_traffic_percent`` is the share it gets when it becomes ready for the first time.
+    ``pending_traffic_percent`` is the share it gets when it becomes ready for the first time. ``is_cluster_away``: what runs the replicas
+    does not answer, and none that is lost is replaced before it does.
     """
 
     event_type = "millrace.registry.deployment.snapshot.v1"
@@ -527,6 +528,7 @@ class DeploymentSnapshot(Payload):
     max_replicas: int
     pending_traffic_percent: Percent | None = None
     replicas: tuple[Replica, ...] = ()
+    is_cluster_away: bool = False
     reason: str | None = None
     stage_times: dict[str, datetime] = Field(default_factory=dict)
     correlation_id: str | None = None

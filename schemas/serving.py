@@ -21,7 +21,10 @@ class DeploymentReady(Fact):
 
 
 class DeploymentChanged(Fact):
-    """The set of answering replicas is another one now (a runner died, moved, or was added); empty means nobody answers."""
+    """The set of answering replicas is another one now (a runner died, moved, or was added); empty means nobody answers.
+
+    ``is_cluster_away``: what runs the replicas does not answer, and none that is lost is replaced; ``replicas`` are those known last.
+    """
 
     event_type = "millrace.serving.deployment.changed.v1"
     endpoint_name: Name
@@ -29,6 +32,7 @@ class DeploymentChanged(Fact):
     generation: int = Field(ge=1)
     replicas: tuple[Replica, ...]
     reason: str = ""
+    is_cluster_away: bool = False
 
     @property
     def entity(self) -> str:

@@ -23,6 +23,10 @@ class NoReplicaError(NotReadyError):
     """Deployments that should answer have no live replica at this moment; one may appear soon."""
 
 
+class ClusterAwayError(NotReadyError):
+    """Deployments that should answer have no live replica, and what runs replicas does not answer: none will appear soon."""
+
+
 class NothingDeployedError(NotReadyError):
     """The endpoint exists and nothing is deployed to it: nobody will answer before somebody deploys."""
 
@@ -44,6 +48,7 @@ class Route:
     version: int
     signature: Signature
     replicas: tuple[Replica, ...]
+    is_cluster_away: bool = False
 
 
 class RoutingTable:
@@ -124,6 +129,8 @@ class RoutingTable:
             When the endpoint does not exist, or the version or alias is not deployed to it.
         NoReplicaError
             When something is deployed and nobody answers at the moment.
+        ClusterAwayError
+            The same while what runs the replicas does not answer.
         NotReadyError
             When nothing has been deployed that could answer.
         """
@@ -173,8 +180,7 @@ class RoutingTable:
             if weight > 0 and deployment.replicas and deployment.status in _SERVING
         ]
         if not live:
-            sent_away = NoReplicaError if any(deployment.status in _SERVING for deployment in wanted) else NotReadyError
-            raise sent_away(_nothing_ready(endpoint_name, wanted))
+            raise _sent_away(wanted)(_nothing_ready(endpoint_name, wanted))
         return _Plan([_route(endpoint_name, deployment) for deployment, _ in live], list(accumulate(weight for _, weight in live)))
 
     def named(self, endpoint_name: str, version: int | None, alias: str | None) -> list[DeploymentSnapshot]:
@@ -219,7 +225,15 @@ def _route(endpoint_name: str, deployment: DeploymentSnapshot) -> Route:
         deployment.version,
         deployment.signature,
         deployment.replicas,
+        deployment.is_cluster_away,
     )
+
+
+def _sent_away(wanted: Sequence[DeploymentSnapshot]) -> type[NotReadyError]:
+    serving = [deployment for deployment in wanted if deployment.status in _SERVING]
+    if not serving:
+        return NotReadyError
+    return ClusterAwayError if all(deployment.is_cluster_away for deployment in serving) else NoReplicaError
 
 
 def _nothing_ready(endpoint_name: str, deployments: Sequence[DeploymentSnapshot]) -> str:
@@ -231,5 +245,7 @@ def _nothing_ready(endpoint_name: str, deployments: Sequence[DeploymentSnapshot]
 
 def _state(deployment: DeploymentSnapshot) -> str:
     if deployment.status in _SERVING:
+        if deployment.is_cluster_away and not deployment.replicas:
+            return f"without a live replica ({deployment.reason})"
         return f"{deployment.status} without traffic" if deployment.replicas else "without a live replica"
     return f"{deployment.status} ({deployment.reason})" if deployment.reason else str(deployment.status)

@@ -504,7 +504,8 @@ class DataPlane:
 
     def _wait_for_replica(self, pending: Pending) -> None:
         if pending.patience is None:
-            pending.patience = self._loop.call_later(self._limits.replica_wait_s, self._give_up, pending)
+            in_vain = pending.lane is not None and pending.lane.route.is_cluster_away
+            pending.patience = self._loop.call_later(0 if in_vain else self._limits.replica_wait_s, self._give_up, pending)
 
     def _give_up(self, pending: Pending) -> None:
         pending.patience = None
@@ -513,7 +514,9 @@ class DataPlane:
         target = pending.ask.target
         try:
             self._catalog.routing.check(target.endpoint_name, target.version, target.alias)
-            error: MillraceError = NotReadyError(f"no runner of endpoint {target.endpoint_name!r} answers at the moment")
+            in_vain = pending.lane is not None and pending.lane.route.is_cluster_away
+            when = "and none will be started before Ray is back" if in_vain else "at the moment"
+            error: MillraceError = NotReadyError(f"no runner of endpoint {target.endpoint_name!r} answers {when}")
         except MillraceError as reason:
             error = reason
         self._end(pending, Outcome.FAILED, error)

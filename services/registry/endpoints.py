@@ -146,7 +146,8 @@ def changed(state: State, outcome: DeploymentChanged, context: Context) -> Decis
     if deployment is None or deployment.status not in (DeploymentStatus.READY, DeploymentStatus.DEGRADED):
         return Decision()
     status = DeploymentStatus.READY if len(outcome.replicas) >= deployment.min_replicas else DeploymentStatus.DEGRADED
-    return Decision(changes=(_with_replicas(deployment, outcome.replicas, status, context, outcome.reason or None),))
+    moved = _with_replicas(deployment, outcome.replicas, status, context, outcome.reason or None)
+    return Decision(changes=(moved.model_copy(update={"is_cluster_away": outcome.is_cluster_away}),))
 
 
 def failed(state: State, outcome: DeploymentFailed, context: Context) -> Decision:
@@ -269,6 +270,7 @@ def _with_replicas(
     update = {
         "status": status,
         "replicas": replicas,
+        "is_cluster_away": False,
         "reason": reason,
         "stage_times": {**deployment.stage_times, status.value: context.now},
         "updated_at": context.now,

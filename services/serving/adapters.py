@@ -14,9 +14,12 @@ Environment variables that Ray needs (``RAY_AUTH_MODE`` …) must be set before 
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -52,7 +55,11 @@ WARM_WORKER_S = 30
 """How long a worker that was started in advance is kept by force; after that Ray keeps one idle worker per free logical CPU."""
 
 _CALL_TIMEOUT_S = 30.0
+_LOOK_S = 1.0
+"""How long a call may take before it is looked whether the cluster is still there, and how long that may take."""
+
 _WARM_DELAY_S = 2.0
+_STOP_S = 5.0
 _MAX_MESSAGE_CHARS = 500
 _STATUSES = {
     "NOT_STARTED": AppStatus.STARTING,
@@ -107,34 +114,37 @@ class RayServe:
         ClusterUnavailableError
             The cluster cannot be reached, or refuses our token.
         """
-        await _call(self._connect)
+        if not await self._is_reachable():  # Ray would try for a minute
+            raise self._nothing_listens()
+        await self._call(self._connect)
         self._warm()
 
     async def stop(self) -> None:
         """Disconnect; what runs goes on running."""
         for task in self._warming:
             task.cancel()
-        await asyncio.to_thread(ray.shutdown)
+        if await self._is_reachable():
+            await asyncio.wait({_begun(ray.shutdown)}, timeout=_STOP_S)
 
     async def apply(self, spec: ReplicaSpec, generation: int, replicas: int) -> None:
         """Run so many replicas of ``spec``; returns when Serve knows, long before they answer.
 
         Applying what runs already restarts nothing, unless it failed before.
         """
-        await _call(self._deploy, spec, generation, replicas)
+        await self._call(self._deploy, spec, generation, replicas)
         self._warm()
 
     async def scale(self, deployment_id: str, generation: int, replicas: int) -> None:
         """Run another number of the same replicas; those that stay are not touched."""
-        await _call(self._scale, deployment_id, generation, replicas)
+        await self._call(self._scale, deployment_id, generation, replicas)
 
     async def delete(self, deployment_id: str) -> None:
         """Stop an application; returns when Serve knows. One that does not exist is no error."""
-        await _call(_delete, deployment_id)
+        await self._call(_delete, deployment_id)
 
     async def status(self) -> dict[str, ActualDeployment]:
         """Every application in Serve, with the replicas whose runner answers."""
-        return await _call(_status)
+        return await self._call(_status)
 
     def _connect(self) -> None:
         ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False, ignore_reinit_error=True)
@@ -174,9 +184,47 @@ class RayServe:
     def _warm(self) -> None:
         """Have Ray start a worker in advance, some time from now: the replica that is starting needs the CPU first."""
         if self._keeps_warm:
-            task = asyncio.create_task(_warm_soon())
+            task = asyncio.create_task(self._warm_soon())
             self._warming.add(task)
             task.add_done_callback(self._warming.discard)
+
+    async def _warm_soon(self) -> None:
+        await asyncio.sleep(_WARM_DELAY_S)
+        with contextlib.suppress(ClusterUnavailableError):
+            await self._call(_start_worker)
+
+    async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a blocking call of Ray in a thread, and translate what it raises.
+
+        Ray's client tries for a minute to reach a cluster that is gone; here the call is given up as soon as nothing listens there.
+        """
+        calling = _begun(function, *args, **kwargs)
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                while not calling.done():
+                    await asyncio.wait({calling}, timeout=_LOOK_S)
+                    if not calling.done() and not await self._is_reachable():
+                        raise self._nothing_listens()
+                return calling.result()
+        except _RAY_ERRORS as error:
+            text = str(error).strip().splitlines()
+            raise ClusterUnavailableError(f"Ray does not answer: {text[-1] if text else type(error).__name__}") from error
+
+    async def _is_reachable(self) -> bool:
+        """Whether somebody listens at the cluster's address; one that only is slow does."""
+        host, _, port = self._address.rpartition(":")
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    def _nothing_listens(self) -> ClusterUnavailableError:
+        return ClusterUnavailableError(f"Ray is away: nothing listens on {self._address}")
 
 
 def own_replica_id() -> str:
@@ -236,14 +284,22 @@ def _add_loopback_port(server: Any, _address: str) -> Any:
     return add_port_to_grpc_server(server, f"{LOOPBACK}:0")
 
 
-async def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a blocking call of Ray in a thread, and translate what it raises."""
-    try:
-        async with asyncio.timeout(_CALL_TIMEOUT_S):
-            return await asyncio.to_thread(function, *args, **kwargs)
-    except _RAY_ERRORS as error:
-        text = str(error).strip().splitlines()
-        raise ClusterUnavailableError(f"Ray does not answer: {text[-1] if text else type(error).__name__}") from error
+def _begun(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[T]":
+    """A call in a thread of its own, for which the end of the process does not wait, as it would for one of the event loop's."""
+    calling: Future[T] = Future()
+    calling.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            calling.set_result(context.run(function, *args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the call is waited for
+            calling.set_exception(error)
+
+    threading.Thread(target=work, name=f"ray {function.__name__}", daemon=True).start()
+    called = asyncio.wrap_future(calling)
+    called.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be waiting any more
+    return called
 
 
 def _delete(deployment_id: str) -> None:
@@ -327,12 +383,6 @@ def _controller_details() -> dict[str, Any]:
     details: dict[str, Any] = ray.get(_controller().get_serve_instance_details.remote(), timeout=_CALL_TIMEOUT_S)
     applications: dict[str, Any] = details["applications"]
     return applications
-
-
-async def _warm_soon() -> None:
-    await asyncio.sleep(_WARM_DELAY_S)
-    with contextlib.suppress(ClusterUnavailableError):
-        await _call(_start_worker)
 
 
 def _start_worker() -> None:

@@ -21,6 +21,7 @@ from libs.metrics import PROCESS, Metrics
 from libs.metrics.definitions import RECONCILE_FAILURES
 from schemas.base import Fact
 from schemas.registry import DeploymentSnapshot, DeploymentStatus
+from services.serving.errors import ClusterUnavailableError
 from services.serving.metrics import DamageMetrics
 from services.serving.reconcile import (
     Action,
@@ -31,6 +32,7 @@ from services.serving.reconcile import (
     DesiredDeployment,
     Report,
     Scale,
+    away,
     plan,
 )
 from services.serving.spec import Limits, Places, ReplicaSpec, replica_spec
@@ -94,7 +96,7 @@ class Controller:
 
     async def start(self) -> None:
         await self._producer.start()
-        await keep_trying(self._cluster.start, self._retry, self._stopping)
+        await keep_trying(self._connect, self._retry, self._stopping)
 
     async def run(self) -> None:
         await self._loop.run()
@@ -109,6 +111,13 @@ class Controller:
         unsettled = await keep_trying(self.reconcile, self._retry, self._stopping)
         await self._wait(self._poll_unsettled_s if unsettled else self._poll_settled_s)
 
+    async def _connect(self) -> None:
+        try:
+            await self._cluster.start()
+        except ClusterUnavailableError as error:
+            await self._report_away(error.message)
+            raise
+
     async def reconcile(self) -> bool:
         """Do what is due once; returns whether something is still on its way.
 
@@ -121,7 +130,11 @@ class Controller:
         """
         wanted = dict(self._state.deployments)
         desired = {name: DesiredDeployment(each.snapshot, self._spec(each.snapshot).digest) for name, each in wanted.items()}
-        actual = await self._cluster.status()
+        try:
+            actual = await self._cluster.status()
+        except ClusterUnavailableError as error:
+            await self._report_away(error.message)
+            raise
         self._damage.look(actual.values())
         known = {name: app for name, app in actual.items() if name in wanted or name not in self._state.unreadable}
         # A fact is repeated when the log has moved on and still does not reflect it.
@@ -160,6 +173,14 @@ class Controller:
                 with _span("delete", deployment_id, wanted):
                     await self._cluster.delete(deployment_id)
             case Report(deployment_id, fact):
+                await self._report(deployment_id, fact, wanted)
+
+    async def _report_away(self, reason: str) -> None:
+        """Tell the log, once, of each deployment that has run that nobody will replace its replicas at the moment."""
+        wanted = dict(self._state.deployments)
+        for deployment_id, each in wanted.items():
+            fact = away(each.snapshot, reason)
+            if fact is not None and self._reported.get(deployment_id, (None, None))[0] is not each:
                 await self._report(deployment_id, fact, wanted)
 
     async def _report(self, deployment_id: str, fact: Fact, wanted: Mapping[str, Wanted]) -> None:

@@ -119,6 +119,20 @@ def plan(
     return tuple(actions)
 
 
+def away(snapshot: DeploymentSnapshot, reason: str) -> DeploymentChanged | None:
+    """What to tell the log of a deployment while the cluster does not answer; None when there is nothing, or it knows."""
+    if snapshot.status not in (DeploymentStatus.READY, DeploymentStatus.DEGRADED) or snapshot.is_cluster_away:
+        return None
+    return DeploymentChanged(
+        endpoint_name=snapshot.endpoint_name,
+        deployment_id=snapshot.deployment_id,
+        generation=snapshot.generation,
+        replicas=snapshot.replicas,
+        reason=reason,
+        is_cluster_away=True,
+    )
+
+
 def _action(wanted: DesiredDeployment, actual: ActualDeployment | None) -> Action | None:
     snapshot = wanted.snapshot
     if not wanted.is_wanted:
@@ -152,7 +166,7 @@ def _due_fact(snapshot: DeploymentSnapshot, actual: ActualDeployment) -> Fact | 
     is_complete = len(actual.replicas) >= snapshot.min_replicas and actual.status is AppStatus.RUNNING
     if is_complete and (not has_run or snapshot.pending_traffic_percent is not None):
         return DeploymentReady(**about, replicas=actual.replicas)
-    if has_run and set(actual.replicas) != set(snapshot.replicas):
+    if has_run and (snapshot.is_cluster_away or set(actual.replicas) != set(snapshot.replicas)):
         return DeploymentChanged(**about, replicas=actual.replicas, reason=actual.message)
     if actual.status is AppStatus.FAILED and not actual.replicas and snapshot.status is not DeploymentStatus.FAILED:
         return DeploymentFailed(**about, reason=actual.message or "the replicas cannot be started")

@@ -130,8 +130,8 @@ class Bench:
         ask = Ask(Target(target), Protocol.V1, parse, lambda p: Outgoing(repr(p.response.outputs["y"].tolist()).encode()), timeout_ms)
         return self.plane.submit(ask, Caller(name), lambda result: self.results.setdefault(name, result))
 
-    def route_to(self, *replicas: Replica, signature: Signature = SIGNATURE, version: int = 1) -> None:
-        self.catalog.route = Route("sums", f"sums.sums.{version}", "sums", version, signature, replicas)
+    def route_to(self, *replicas: Replica, signature: Signature = SIGNATURE, version: int = 1, is_cluster_away: bool = False) -> None:
+        self.catalog.route = Route("sums", f"sums.sums.{version}", "sums", version, signature, replicas, is_cluster_away)
         self.catalog.deployments = {f"sums.sums.{version}": SimpleNamespace(replicas=replicas)}
         self.catalog.changes.notify()
 
@@ -988,3 +988,26 @@ async def test_a_large_request_that_waits_has_nobody_refused():
         for number in range(2, 10):
             bench.ask((number, 0))
         assert bench.plane.lanes["sums.sums.1"].wait_s() < 1.0
+
+
+async def test_a_lost_runner_that_nobody_will_replace_is_not_waited_for():
+    async with running(replica_wait_s=30.0) as bench:
+        bench.route_to(R0, is_cluster_away=True)
+        bench.ask((1, 0))
+        await turn()
+        bench.pool.asked[0].answer(RunnerGoneError("gone"))
+        await turn()
+        bench.ask((2, 0))
+        await turn()
+        assert bench.errors() == {"1": NotReadyError, "2": NotReadyError}
+        assert "before Ray is back" in bench.results["2"].message
+
+
+async def test_a_runner_that_lives_answers_also_when_nobody_would_replace_it():
+    async with running() as bench:
+        bench.route_to(R0, is_cluster_away=True)
+        bench.ask((1, 0))
+        await turn()
+        bench.pool.asked[0].answer()
+        await turn()
+        assert bench.answers() == {"1": "[1.0]"}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.errors import NotFoundError, NotReadyError
-from libs.inference.routing import NoReplicaError, RoutingTable
+from libs.inference.routing import ClusterAwayError, NoReplicaError, RoutingTable
 from schemas.registry import ModelSnapshot
 from schemas.topics import STATE_DEPLOYMENTS, STATE_ENDPOINTS, STATE_MODELS
 from tests.unit.gateway.conftest import NOW, deployment, endpoint
@@ -39,6 +39,17 @@ def test_a_deployment_without_traffic_is_never_a_stand_in():
     with pytest.raises(NoReplicaError, match="m@1 is without a live replica, m@2 is ready without traffic"):
         made.pick("e", random=0.5)
     assert made.pick("e", version=2, random=0.5).deployment_id == "b"
+
+
+def test_a_cluster_that_is_away_is_said_only_of_what_has_no_replica():
+    away = {"is_cluster_away": True, "reason": "Ray is away"}
+    lost = table(endpoint("a", a=100), deployment("a", 0).model_copy(update=away))
+    with pytest.raises(ClusterAwayError, match=r"m@1 is without a live replica \(Ray is away\)"):
+        lost.check("e")
+    assert table(endpoint("a", a=100), deployment("a").model_copy(update=away)).choose("e", random=0).is_cluster_away
+    half = table(endpoint("a", "b", a=50, b=50), deployment("a", 0).model_copy(update=away), deployment("b", 0, version=2))
+    with pytest.raises(NoReplicaError):
+        half.check("e")
 
 
 def test_the_order_of_snapshots_does_not_matter():

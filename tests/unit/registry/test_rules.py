@@ -415,6 +415,16 @@ def test_a_deployment_without_enough_replicas_is_degraded_until_they_are_back(se
     assert serving.state.deployments["flowers.iris.1"].status is DeploymentStatus.READY
 
 
+def test_a_cluster_that_is_away_is_remembered_until_it_is_back(serving):
+    replicas = serving.state.deployments["flowers.iris.1"].replicas
+    said = {"endpoint_name": "flowers", "deployment_id": "flowers.iris.1", "generation": 1, "replicas": replicas}
+    serving.do(DeploymentChanged(**said, reason="Ray is away", is_cluster_away=True))
+    deployment = serving.state.deployments["flowers.iris.1"]
+    assert (deployment.is_cluster_away, deployment.replicas, deployment.reason) == (True, replicas, "Ray is away")
+    serving.do(DeploymentChanged(**said))
+    assert not serving.state.deployments["flowers.iris.1"].is_cluster_away
+
+
 def test_delete_of_an_endpoint_under_traffic_is_refused_and_changes_nothing(serving):
     error = serving.refused(DeleteEndpoint(endpoint_name="flowers"))
     assert error.kind is RefusalKind.CONFLICT

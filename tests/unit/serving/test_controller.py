@@ -157,7 +157,7 @@ async def test_what_cannot_be_read_is_not_taken_for_unwanted(world, run, value):
     assert world.cluster.calls == [("apply", ID, 1, 1)]
 
 
-async def test_a_cluster_that_is_away_is_waited_for_and_nothing_is_told_of_it(world, run):
+async def test_a_cluster_that_is_away_is_waited_for(world, run):
     world.cluster.becomes = lambda _: RUNS
     await world.publish(deployment())
     async with run(world.controller()):
@@ -166,9 +166,9 @@ async def test_a_cluster_that_is_away_is_waited_for_and_nothing_is_told_of_it(wo
         world.cluster.away = True
         await world.publish(deployment(deployment_id="shop.iris.2", version=2))
         await asyncio.sleep(0.03)
-        assert world.facts() == [READY]
+        assert [type(fact) for fact in world.facts()] == [DeploymentReady, DeploymentChanged]
         world.cluster.away = False
-        await world.until(lambda: len(world.facts()) == 2)
+        await world.until(lambda: len(world.facts()) == 3)
     assert world.cluster.calls == [("apply", ID, 1, 1), ("apply", "shop.iris.2", 1, 1)]
 
 
@@ -199,3 +199,33 @@ async def test_a_fact_is_told_when_the_broker_is_back(world, run):
         world.broker.is_away = False
         await world.until(world.facts)
     assert world.facts() == [READY]
+
+
+async def test_a_cluster_that_is_away_is_told_once_and_that_it_is_back_too(world, run):
+    world.cluster.becomes = lambda _: RUNS
+    await world.publish(deployment())
+    away = DeploymentChanged(**ABOUT, replicas=(ONE,), reason="Ray does not answer: it plays being away", is_cluster_away=True)
+    async with run(world.controller()):
+        await world.until(lambda: world.facts() == [READY])
+        await world.publish(world.ready(ONE))
+        world.cluster.away = True
+        await world.until(lambda: len(world.facts()) == 2)
+        await asyncio.sleep(0.05)
+        await world.publish(world.ready(ONE, is_cluster_away=True))
+        await asyncio.sleep(0.05)
+        assert world.facts() == [READY, away]
+        world.cluster.away = False
+        await world.until(lambda: len(world.facts()) == 3)
+    assert world.facts()[2] == DeploymentChanged(**ABOUT, replicas=(ONE,))
+
+
+async def test_a_cluster_that_is_away_when_the_service_starts_is_told(world, run):
+    world.cluster.away = True
+    await world.publish(world.ready(ONE))
+    follower, controller = world.controller()
+    await follower.start()
+    starting = asyncio.create_task(controller.start())
+    await world.until(world.facts)
+    world.cluster.away = False
+    await starting
+    assert [fact.is_cluster_away for fact in world.facts()] == [True]
