@@ -85,13 +85,17 @@ class RunnerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ReadyReport:
-    """What a runner says once its model is loaded. ``cage`` maps each layer to ``active`` or the reason why not."""
+    """What a runner says once its model is loaded. ``cage`` maps each layer to ``active`` or the reason why not.
+
+    ``sample`` are rows that its model may take, as the member ``inputs`` of a V1 body; the model's code could have written them.
+    """
 
     signature: Signature
     load_s: float
     cage: dict[str, str]
     python: str
     warnings: tuple[str, ...]
+    sample: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +346,7 @@ def _parse_ready(line: bytes) -> ReadyReport:
             cage={printable(layer): printable(state) for layer, state in document["cage"].items()},
             python=printable(document["python"]),
             warnings=tuple(printable(text) for text in document["warnings"]),
+            sample=document.get("sample"),
         )
     except (ValueError, ValidationError, KeyError, TypeError, AttributeError) as error:
         raise RunnerStartError(f"the runner's ready line cannot be read: {printable(error)}", "exited") from error

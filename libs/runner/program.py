@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .formats import Model
 
 MAX_WARNINGS = 20
+MAX_SAMPLE_CHARACTERS = 256 * 1024
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -145,6 +146,7 @@ def _serve(options: argparse.Namespace, token: str, declared: dict[str, Any], re
         {
             "ready": True,
             "signature": signature,
+            "sample": _sample(model),
             "load_s": time.monotonic() - started,
             "cage": report.to_dict(),
             "python": "{}.{}.{}".format(*sys.version_info[:3]),
@@ -174,6 +176,15 @@ def _describe(model: Model, limit_s: float, ready: Any, report: cage.CageReport)
         return model.describe()
     finally:
         timer.cancel()
+
+
+def _sample(model: Model) -> dict[str, Any] | None:
+    """Return made-up rows as the model makes them of what it remembers, as columns; None where it makes none, or large ones."""
+    try:
+        sample: dict[str, Any] = model.sample()  # type: ignore[attr-defined,unused-ignore]
+        return sample if len(json.dumps(sample)) <= MAX_SAMPLE_CHARACTERS else None
+    except Exception:  # noqa: BLE001 (what the model remembers may be anything)
+        return None
 
 
 def _expect_plain_arrays() -> None:

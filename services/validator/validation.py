@@ -223,9 +223,10 @@ async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: T
     """Ask for a made-up row, to see whether the model answers at all; one that refuses it may still be a good model."""
     assert verdict.signature is not None  # noqa: S101 (set by the caller; for the type checker)
     try:
-        inputs, answer = await _answered(client, verdict.signature, trial.limits)
+        sample = _read_sample(runner, verdict.signature)
+        inputs, answer = await _answered(client, verdict.signature, sample, trial.limits)
         latencies, _ = await _measure(client, InferRequest(inputs), answer, trial.limits)
-        verdict = await _judge_rows(client, trial, verdict, [])
+        verdict = await _judge_rows(client, trial, verdict, [sample] if sample else [])
     except (InvalidInputError, ModelError) as error:
         text = f"there is no example, and the model refused a made-up row: {error.message}{_at(error)}"
         return replace(_with(verdict, warning("trial.no_example", text, **_exception(error))), needs_example=True)
@@ -234,23 +235,35 @@ async def _without_example(runner: RunnerProcess, client: RunnerClient, trial: T
     return replace(verdict, measurements=await _measurements(client, load_s, latencies))
 
 
-async def _answered(client: RunnerClient, signature: Signature, limits: TrialLimits) -> tuple[Arrays, InferResponse]:
-    """Return the made-up row that the model answers, with the answer: one of zeros, else one of other values.
+def _read_sample(runner: RunnerProcess, signature: Signature) -> Arrays | None:
+    """Rows of values that the model remembers, such as the categories of its encoders; None if it tells none that fit."""
+    assert runner.ready is not None  # noqa: S101 (a started runner has reported; for the type checker)
+    try:
+        sample = runner.ready.sample
+        return None if sample is None else independence.first_rows(v1.from_document({"inputs": sample}, signature).inputs)
+    except InvalidInputError:
+        return None
+
+
+async def _answered(client: RunnerClient, signature: Signature, sample: Arrays | None, limits: TrialLimits) -> tuple[Arrays, InferResponse]:
+    """Return the made-up row that the model answers, with the answer: one of zeros, else of what it remembers, else of other values.
 
     Raises
     ------
     InvalidInputError, ModelError
-        It refuses both; what it says to the zeros, which is the easier to understand.
+        It refuses all; what it says to the zeros, which is the easiest to understand.
     """
     zeros = made_up_inputs(signature)
     try:
         return zeros, await _ask(client, zeros, None, limits)
     except (InvalidInputError, ModelError) as refusal:
-        row = {name: array[:1] for name, array in independence.made_up_rows(signature).items()}
-        try:
-            return row, await _ask(client, row, None, limits)
-        except (InvalidInputError, ModelError):
-            raise refusal from None
+        for rows in [*([sample] if sample else []), independence.made_up_rows(signature)]:
+            row = {name: array[:1] for name, array in rows.items()}
+            try:
+                return row, await _ask(client, row, None, limits)
+            except (InvalidInputError, ModelError):
+                continue
+        raise refusal from None
 
 
 async def _judge_rows(client: RunnerClient, trial: Trial, verdict: Validation, sets: list[Arrays]) -> Validation:

@@ -26,6 +26,7 @@ _CHECKS_OF_INPUT = (
 _MOST_GUESSES = 16
 """Ways to take columns for text that are tried, at most."""
 
+_SAMPLE_ROWS = 11
 _MADE_UP_ROWS = (5, 7)
 """Two batches of made-up rows: an axis that has the size of both is the rows'."""
 
@@ -91,6 +92,10 @@ class SklearnModel:
         else:
             input_spec = {"name": INPUT_NAME, "datatype": "FP64", "shape": [-1, n_features]}
         return {"inputs": [input_spec], "outputs": outputs, "feature_names": self._feature_names}
+
+    def sample(self) -> dict[str, list[Any]] | None:
+        """Return made-up rows that differ, as the columns of a V1 body, where the model takes a table."""
+        return None if self._table is None else self._table.sample(_SAMPLE_ROWS)
 
     def predict(self, inputs: Arrays, outputs: Sequence[str]) -> Arrays:
         values, estimator = self._given(inputs), self._estimator

@@ -179,6 +179,13 @@ class Table:
         """Return rows that differ from one another."""
         return {column.name: column.made_up(count) for column in self.columns}
 
+    def sample(self, count: int) -> dict[str, list[Any]]:
+        """Return made-up rows as the columns of a V1 body."""
+        return {
+            name: [value.decode() if isinstance(value, bytes) else value for value in values.tolist()]
+            for name, values in self.made_up(count).items()
+        }
+
     def frame(self, inputs: Arrays) -> Any:
         """Return what the model takes, made of one array for each column."""
         if len({len(inputs[column.name]) for column in self.columns}) > 1:
@@ -334,6 +341,8 @@ class _Search:
                 self._add_opaque(names, parts[1:])
             elif parts:
                 self.visit(parts[0], names, depth + 1)
+                if hasattr(parts[0], "statistics_") and parts[1:]:
+                    self._learn(names, parts[1])
             return
         if hasattr(estimator, "transformers_"):
             self._visit_parts(estimator, names, depth)
@@ -351,6 +360,15 @@ class _Search:
             self._mark_categories(estimator, names)
             return
         self._read(estimator, names)
+
+    def _learn(self, names: list[str], encoder: Any) -> None:
+        """Take over the values that an encoder behind an imputer knows; the imputer knows only what it fills in."""
+        behind = _Search()
+        behind.visit(encoder, names)
+        for name, column in behind.found.items():
+            found = self.found.get(name)
+            if found is not None and found.datatype == column.datatype == "BYTES":
+                found.known = column.known
 
     def _add_opaque(self, names: list[str], rest: Sequence[Any]) -> None:
         """Note columns that a function sees first, each as the text that it might be: what is encoded behind it, if anything is."""

@@ -4,19 +4,28 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
+import joblib
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.tree import DecisionTreeClassifier
 
 from libs.errors import TransientError
 from libs.inference.errors import RunnerStartError
 from libs.inference.supervisor import RunnerProcess, RunnerSpec
+from schemas.inference import Signature, TensorSpec
 from schemas.registry import ArtifactFormat
 from schemas.validation import Severity
-from services.validator.validation import Trial, TrialLimits, Validation, quantile, validate
+from services.validator.validation import Trial, TrialLimits, Validation, _read_sample, quantile, validate
 from tests.unit.runner.models import Call, Source, on_request, row_sums, write
 from tests.unit.runner.models import model as model_of
 from tests.unit.validator.files import fitted, saved, written
@@ -238,3 +247,22 @@ async def test_a_class_that_the_file_carries_is_loaded_and_answers(tmp_path: Pat
     verdict = await tried(path, tmp_path, example={"instances": [[1.0, 2.0], [3.0, 4.0]]})
     assert verdict.accepted, verdict.findings
     assert verdict.golden is not None
+
+
+async def test_a_table_is_tried_with_the_values_that_its_model_remembers(tmp_path: Path) -> None:
+    table = pd.DataFrame({"city": ["Paris", "Lyon", "Nice", "Paris"], "plan": ["free", np.nan, "pro", "free"], "age": [1.0, 2, 3, 4]})
+    plan = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
+    columns = ColumnTransformer([("c", OneHotEncoder(), ["city"]), ("p", plan, ["plan"]), ("n", StandardScaler(), ["age"])])
+    model = make_pipeline(columns, DecisionTreeClassifier()).fit(table, ["a", "b", "b", "a"])
+    joblib.dump(model, tmp_path / "m.joblib")
+    verdict = await tried(tmp_path / "m.joblib", tmp_path, example=None)
+    assert (verdict.accepted, verdict.needs_example, verdict.findings) == (True, False, ())
+    assert verdict.signature is not None
+    assert verdict.signature.batchable
+
+
+@pytest.mark.parametrize("sample", ["no object", {"city": [1]}, {"x": [{"b64": 1}]}, []])
+def test_a_sample_that_makes_no_sense_is_passed_over(sample: Any) -> None:
+    city = TensorSpec(name="city", datatype="BYTES", shape=(-1,), dtype="object")
+    runner: Any = SimpleNamespace(ready=SimpleNamespace(sample=sample))
+    assert _read_sample(runner, Signature(inputs=(city,), outputs=(city,))) is None
