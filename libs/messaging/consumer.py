@@ -126,12 +126,12 @@ class ConsumerRunner:
 
     async def _read(self) -> Sequence[Record]:
         stopping = self._processor.stopping
-        return await keep_trying(lambda: self._consumer.get_many(_BATCH_RECORDS, POLL_S), self._processor.retry, stopping)
+        return await keep_trying(lambda: self._consumer.get_many(_BATCH_RECORDS, POLL_S), self._processor.retry.for_broker, stopping)
 
     async def _handle(self, record: Record) -> None:
         follow = await self._processor.process(record)
         if follow:
-            await keep_trying(lambda: self._producer.send(follow), self._processor.retry, self._processor.stopping)
+            await keep_trying(lambda: self._producer.send(follow), self._processor.retry.for_broker, self._processor.stopping)
 
     @property
     def _begun(self) -> set[asyncio.Task[Any]]:
@@ -211,9 +211,18 @@ class TransactionalRunner:
         self._loop = Loop(group, self._step, processor.stopping, grace_s)
 
     async def start(self) -> None:
-        await self._producer.start()
-        await self._restore()
-        await self._consumer.start()
+        # A process that is started again because a transaction failed mostly finds the broker still away.
+        await keep_trying(self._begin, self._processor.retry.for_broker, self._processor.stopping)
+
+    async def _begin(self) -> None:
+        try:
+            await self._producer.start()
+            await self._restore()
+            await self._consumer.start()
+        except TransientError:
+            await self._consumer.stop()
+            await self._producer.stop()
+            raise
 
     async def run(self) -> None:
         await self._loop.run()
@@ -225,7 +234,7 @@ class TransactionalRunner:
 
     async def _step(self) -> None:
         stopping = self._processor.stopping
-        records = await keep_trying(lambda: self._consumer.get_many(_BATCH_RECORDS, POLL_S), self._processor.retry, stopping)
+        records = await keep_trying(lambda: self._consumer.get_many(_BATCH_RECORDS, POLL_S), self._processor.retry.for_broker, stopping)
         if not records:
             return
         offsets: Offsets = {record.place: record.offset + 1 for record in records}

@@ -44,5 +44,5 @@ class Follower:
         await self._reader.stop()
 
     async def _step(self) -> None:
-        for record in await keep_trying(lambda: self._reader.get_many(1_000, POLL_S), Retry(), self._stopping):
+        for record in await keep_trying(lambda: self._reader.get_many(1_000, POLL_S), Retry().for_broker, self._stopping):
             self._apply(record)

@@ -5,7 +5,7 @@ import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from libs.errors import MillraceError
@@ -14,6 +14,8 @@ from libs.messaging.errors import StoppingError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_LONGEST_FOR_BROKER_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Retry:
     first_s: float = 0.2
     factor: float = 2.0
     longest_s: float = 15.0
+
+    @property
+    def for_broker(self) -> "Retry":
+        """The same for what needs nothing but the broker: it is asked every two seconds at least, so that all goes on when it is back."""
+        return replace(self, longest_s=min(self.longest_s, _LONGEST_FOR_BROKER_S))
 
     def delay_s(self, attempt: int) -> float:
         """Wait before attempt ``attempt`` + 1, in seconds; attempts count from 1."""

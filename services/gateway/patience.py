@@ -209,13 +209,13 @@ class PatientRunner:
         heapq.heappush(self._parked, (time.monotonic() + self._pauses.delay_s(job.tries), next(self._numbers), job))
 
     async def _read(self) -> Sequence[Record]:
-        stopping = self._processor.stopping
-        return await keep_trying(lambda: self._consumer.get_many(_BATCH_RECORDS, consumer.POLL_S), self._processor.retry, stopping)
+        retry, stopping = self._processor.retry.for_broker, self._processor.stopping
+        return await keep_trying(lambda: self._consumer.get_many(_BATCH_RECORDS, consumer.POLL_S), retry, stopping)
 
     async def _handle(self, record: Record) -> None:
         follow = await self._processor.process(record)
         if follow:
-            await keep_trying(lambda: self._producer.send(follow), self._processor.retry, self._processor.stopping)
+            await keep_trying(lambda: self._producer.send(follow), self._processor.retry.for_broker, self._processor.stopping)
 
     @property
     def _begun(self) -> set[asyncio.Task[Any]]:

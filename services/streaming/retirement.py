@@ -82,7 +82,7 @@ class Retirement:
         await self._consumer.stop()
 
     async def _step(self) -> None:
-        records = await keep_trying(lambda: self._consumer.get_many(1_000, POLL_S), self._retry, self._stopping)
+        records = await keep_trying(lambda: self._consumer.get_many(1_000, POLL_S), self._retry.for_broker, self._stopping)
         for record in records:
             self._fold(record)
         if not records:

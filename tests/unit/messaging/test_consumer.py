@@ -130,3 +130,27 @@ async def test_a_failed_transaction_ends_the_transactional_runner_with_nothing_w
     with pytest.raises(TransientError, match="starting again from the log"):
         await runner.run()
     assert (broker.records(EVENTS.name), broker.committed("g", COMMANDS.name)) == ((), 0)
+
+
+async def test_a_transactional_runner_that_is_started_while_the_broker_is_away_waits_for_it():
+    broker, restored = MemoryBroker(), []
+
+    async def restore() -> None:
+        if not restored:
+            restored.append("in vain")
+            raise TransientError("away again")
+        restored.append("whole")
+
+    runner = TransactionalRunner(broker, [COMMANDS.name], "g", processor(), restore)
+    broker.is_away = True
+    starting = asyncio.create_task(runner.start())
+    await asyncio.sleep(0.01)
+    assert not starting.done()
+    broker.is_away = False
+    await starting
+    running = asyncio.create_task(runner.run())
+    await broker.append([write(create_endpoint())])
+    await until(lambda: broker.committed("g", COMMANDS.name) == 1)
+    assert restored == ["in vain", "whole"]
+    await runner.stop()
+    await running

@@ -44,3 +44,8 @@ def test_delays_grow_to_the_longest_and_are_half_random():
     retry = Retry(first_s=1, factor=2, longest_s=8)
     for attempt, whole in ((1, 1), (2, 2), (3, 4), (4, 8), (5, 8), (5000, 8)):
         assert whole / 2 <= retry.delay_s(attempt) <= whole
+
+
+def test_the_broker_is_asked_every_two_seconds_at_least():
+    assert Retry().for_broker.longest_s == 2.0
+    assert Retry(longest_s=0.1).for_broker == Retry(longest_s=0.1)
