@@ -135,8 +135,8 @@ class SklearnModel:
 
     def _guess_columns(self, n_features: int) -> None:
         """Find out which of the columns that only functions see are text, when they do not take them all for numbers."""
-        if any(not spec.get("dtype") for spec in self._declared):
-            return  # it takes a matrix
+        if not self._opaque or any(not spec.get("dtype") for spec in self._declared):
+            return  # there are none, or it takes a matrix
         for is_text in islice(product((False, True), repeat=len(self._opaque)), _MOST_GUESSES):
             texts = [column for group, flag in zip(self._opaque, is_text) if flag for column in group]
             before, self._table = self._table, find_table(self._estimator, self._feature_names, self._declared, texts)

@@ -54,6 +54,10 @@ def test_the_answer_equals_the_local_prediction(case: Case, tmp_path: Any) -> No
         answer = model.predict(request.inputs, ["predict"])["predict"]
         restarted = SklearnModel(case.model, signature.model_dump(mode="json"))
         assert Signature.model_validate(restarted.describe()).inputs == signature.inputs
+        if not case.as_dicts:  # the keys of dictionaries have no order
+            whole = [[None if value != value else value for value in row] for row in case.rows.astype(object).to_numpy().tolist()]
+            lists = v1.from_document({"instances": whole}, signature)
+            assert model.predict(lists.inputs, ["predict"])["predict"].tolist() == case.expected()
     assert answer.tolist() == case.expected()
 
 

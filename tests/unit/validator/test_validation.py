@@ -255,7 +255,8 @@ async def test_a_table_is_tried_with_the_values_that_its_model_remembers(tmp_pat
     columns = ColumnTransformer([("c", OneHotEncoder(), ["city"]), ("p", plan, ["plan"]), ("n", StandardScaler(), ["age"])])
     model = make_pipeline(columns, DecisionTreeClassifier()).fit(table, ["a", "b", "b", "a"])
     joblib.dump(model, tmp_path / "m.joblib")
-    verdict = await tried(tmp_path / "m.joblib", tmp_path, example=None)
+    limits = replace(LIMITS, load_s=60, predict_s=10.0)
+    verdict = await tried(tmp_path / "m.joblib", tmp_path, example=None, limits=limits)
     assert (verdict.accepted, verdict.needs_example, verdict.findings) == (True, False, ())
     assert verdict.signature is not None
     assert verdict.signature.batchable
