@@ -20,6 +20,10 @@ from libs.settings import KafkaSettings
 _STOP_S = 5.0
 """Longest wait for a broker that does not answer any more when a client stops."""
 
+TRANSACTION_S = 10.0
+"""Longest wait for a step of a transaction, which takes milliseconds. One in which the broker ends can hang, also when the broker is back,
+and whoever waits for it does nothing else."""
+
 _FETCH_BYTES = 4 * MAX_RECORD_BYTES
 
 FETCH_MAX_WAIT_MS = 500
@@ -50,6 +54,8 @@ class KafkaProducer(_KafkaClient):
     def __init__(self, settings: KafkaSettings, transactional_id: str | None = None) -> None:
         super().__init__(settings)
         self._transactional_id = transactional_id
+        if transactional_id is not None:
+            self._timeout_s = min(self._timeout_s, TRANSACTION_S)
         self._producer: AIOKafkaProducer | None = None
         self._connecting = asyncio.Lock()
         self._is_started = False
@@ -85,6 +91,8 @@ class KafkaProducer(_KafkaClient):
                 await producer.begin_transaction()
             try:
                 yield
+            except TransientError:
+                raise  # the broker does not answer; what remains open is aborted when the next instance starts
             except BaseException:
                 await self._abort(producer)
                 raise
