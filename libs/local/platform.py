@@ -419,18 +419,21 @@ def _ray_port(home: Home) -> int | None:
 
 
 def _service_part(name: str, settings: LocalSettings, home: Home, base: Mapping[str, str], after: tuple[str, ...]) -> Part:
-    uses_ray = name == "serving"
+    uses_ray = name == "serving" and not settings.ray_address
 
     def environment() -> Mapping[str, str]:
-        if uses_ray and not settings.ray_address:
-            return {**base, **ray_head.client_environment(home.root), "RAY_ADDRESS": _ray_address(home)}
+        if uses_ray:
+            return {**base, **ray_head.client_environment(home.root), "RAY_ADDRESS_FILE": str(ray_head.address_path(home.root))}
         return base
 
     return Part(
         name,
         _python(f"services.{name}"),
         environment,
-        after=(*after, "ray") if uses_ray and not settings.ray_address else after,
+        after=after,
+        # Its imports take as long as Ray's start, and while Ray is away somebody has to say so.
+        restarts_with=("ray",) if uses_ray else (),
+        start_timeout_s=150 if uses_ray else 60,
         announces=True,
         ports=_gateway_ports(settings) if name == "gateway" else (),
         listens=_gateway_sockets(settings) if name == "gateway" else (),

@@ -53,8 +53,16 @@ MAX_LOG_BYTES = 8 * 1024 * 1024
 KEPT_LOGS = 3
 """Log directories that are kept, the running one included."""
 
+FIRST_WORKERS = 2
+"""Worker processes that are started with Ray, while serving imports its client: for Serve's controller and for the first replica."""
+
+FIRST_WORKERS_KEPT_S = 120
+"""How long they are kept by force; on a busy machine it takes so long until serving is there."""
+
 _POLL_S = 0.5
+_CALL_TIMEOUT_S = 10.0
 _PRELOADED = (
+    "libs.lean_ray",
     "ray.serve._private.controller",
     "ray.serve._private.replica",
     "libs.artifacts.factory",
@@ -186,9 +194,30 @@ def _keep(home: Path, session: Path) -> int:
     partial = address_path(home).with_suffix(".partial")
     partial.write_text(json.dumps({"address": node.gcs_address}))
     partial.replace(address_path(home))
+    _start_workers(LOOPBACK, node.node_manager_port)
     pids = [str(node.all_processes[kind][0].process.pid) for kind in ("gcs_server", "raylet")]
     program = [sys.executable, "-m", "libs.local.ray_head", "--home", str(home), "--keep", str(session), "--watch", *pids]
     os.execv(sys.executable, program)  # noqa: S606 (no shell is meant)
+
+
+def _start_workers(host: str, port: int) -> None:
+    """Have the raylet start the first workers, for no job in particular; without them everything only takes longer."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+    from ray.exceptions import RayError
+
+    request = node_manager_pb2.PrestartWorkersRequest(
+        language=common_pb2.Language.PYTHON,
+        job_id=b"\xff" * 4,
+        keep_alive_duration_secs=FIRST_WORKERS_KEPT_S,
+        num_workers=FIRST_WORKERS,
+    )
+    try:
+        with contextlib.closing(init_grpc_channel(f"{host}:{port}")) as channel:
+            node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_CALL_TIMEOUT_S)
+    except (grpc.RpcError, RayError, RuntimeError, ValueError, OSError) as error:
+        sys.stderr.write(f"no worker is started in advance: {error}\n")
 
 
 def _agent_command(component: str, _session_directory: str, unbuffered: bool = True) -> list[str]:

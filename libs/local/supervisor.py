@@ -80,6 +80,9 @@ class Part:
         Removed before every start.
     start_timeout_s, stop_timeout_s
         How long it may take to become ready; how long it gets between SIGTERM and SIGKILL.
+    restarts_with
+        Names of parts that need not be ready before this one starts; when one of them that ``restarts_dependents`` ends, this one is
+        restarted at once, and it is stopped before them.
     restarts_dependents
         Its death takes with it what the others rely on: they are restarted when it is back.
     required
@@ -97,6 +100,7 @@ class Part:
     stale_files: tuple[Path, ...] = ()
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 10.0
+    restarts_with: tuple[str, ...] = ()
     restarts_dependents: bool = False
     required: bool = True
 
@@ -377,7 +381,7 @@ class Supervisor:
 
     def _restart_dependents(self, running: Running) -> None:
         for other in self.parts.values():
-            if running.part.name in other.part.after and not other.restart_asked:
+            if running.part.name in (*other.part.after, *other.part.restarts_with) and not other.restart_asked:
                 other.restart_asked = True
                 if other.process is None:
                     other.lapsed.set()
@@ -408,7 +412,7 @@ class Supervisor:
 
     async def _stop(self, running: Running) -> None:
         for other in self.parts.values():
-            if running.part.name in other.part.after:
+            if running.part.name in (*other.part.after, *other.part.restarts_with):
                 await other.stopped.wait()
         for sockets in running.sockets.values():
             for each in sockets:

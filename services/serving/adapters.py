@@ -58,7 +58,7 @@ _CALL_TIMEOUT_S = 30.0
 _LOOK_S = 1.0
 """How long a call may take before it is looked whether the cluster is still there, and how long that may take."""
 
-_WARM_DELAY_S = 2.0
+_WARM_DELAY_S = 5.0
 _STOP_S = 5.0
 _MAX_MESSAGE_CHARS = 500
 _STATUSES = {
@@ -90,6 +90,8 @@ class RayServe:
     ----------
     address
         ``host:port`` of the cluster.
+    address_file
+        File that names it instead once the cluster is up, as JSON (``{"address": …}``).
     replica
         Class of the replicas; its constructor takes a ``ReplicaSpec`` as JSON.
     keeps_warm
@@ -99,8 +101,11 @@ class RayServe:
         Logical CPUs that Ray reserves for a replica.
     """
 
-    def __init__(self, address: str, replica: type, *, keeps_warm: bool = False, replica_cpus: float = 0.0) -> None:
+    def __init__(
+        self, address: str, replica: type, *, address_file: Path | None = None, keeps_warm: bool = False, replica_cpus: float = 0.0
+    ) -> None:
         self._address = address
+        self._address_file = address_file
         self._replica = replica
         self._keeps_warm = keeps_warm
         self._replica_cpus = replica_cpus
@@ -114,10 +119,13 @@ class RayServe:
         ClusterUnavailableError
             The cluster cannot be reached, or refuses our token.
         """
+        if self._address_file is not None:
+            self._address = _address_in(self._address_file)
         if not await self._is_reachable():  # Ray would try for a minute
             raise self._nothing_listens()
         await self._call(self._connect)
-        self._warm()
+        if self._address_file is None:  # the head that writes it has started workers
+            self._warm()
 
     async def stop(self) -> None:
         """Disconnect; what runs goes on running."""
@@ -225,6 +233,14 @@ class RayServe:
 
     def _nothing_listens(self) -> ClusterUnavailableError:
         return ClusterUnavailableError(f"Ray is away: nothing listens on {self._address}")
+
+
+def _address_in(file: Path) -> str:
+    try:
+        address: str = json.loads(file.read_text())["address"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ClusterUnavailableError("Ray is away: it has not come up yet") from error
+    return address
 
 
 def own_replica_id() -> str:

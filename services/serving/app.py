@@ -44,8 +44,9 @@ def build(
 
 
 def _ray(settings: Settings) -> Cluster:
-    # Importing Ray takes 0.8 s and reads its environment.
+    # Importing Ray takes seconds and reads its environment.
+    import libs.lean_ray  # noqa: F401 - before all others
     from services.serving.adapters import RayServe
     from services.serving.replica import ModelReplica
 
-    return RayServe(settings.ray.address, ModelReplica, keeps_warm=settings.keep_warm)
+    return RayServe(settings.ray.address, ModelReplica, address_file=settings.ray.address_file, keeps_warm=settings.keep_warm)

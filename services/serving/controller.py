@@ -92,11 +92,12 @@ class Controller:
         self._reported: dict[str, tuple[Wanted, Fact]] = {}
         self._stopping = asyncio.Event()
         self._retry = Retry(longest_s=5.0)
+        self._start_retry = Retry(longest_s=0.5)
         self._loop = Loop("serving", self._step, self._stopping)
 
     async def start(self) -> None:
         await self._producer.start()
-        await keep_trying(self._connect, self._retry, self._stopping)
+        await keep_trying(self._connect, self._start_retry, self._stopping)
 
     async def run(self) -> None:
         await self._loop.run()

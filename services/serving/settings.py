@@ -16,6 +16,9 @@ class RaySettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="RAY_", frozen=True)
 
     address: str = Field("127.0.0.1:6379", description="host:port of the Ray cluster.")
+    address_file: Path | None = Field(
+        None, description="File that names the cluster instead, once it is up: JSON with the key `address`. `millrace up` sets it."
+    )
 
 
 class Settings(BaseSettings):

@@ -219,12 +219,13 @@ def test_the_embedded_broker_is_announced_loudly(settings: LocalSettings) -> Non
     assert [notice.is_loud for notice in said if isinstance(notice, platform.Notice)] == [True]
 
 
-def test_services_wait_for_the_topics_and_serving_also_for_ray(settings: LocalSettings, home: Home) -> None:
+def test_services_wait_for_the_topics_and_serving_is_restarted_with_ray(settings: LocalSettings, home: Home) -> None:
     listed = platform.parts(settings, home, Broker(BrokerKind.KAFKA, "127.0.0.1:9092"), None)
     after = {part.name: part.after for part in listed}
     assert list(after) == ["broker", "topics", "ray", "registry", "validator", "builder", "serving", "streaming", "gateway"]
     assert after["topics"] == ("broker",)
-    assert after["serving"] == ("topics", "ray")
+    assert after["serving"] == ("topics",)
+    assert {part.name: part.restarts_with for part in listed if part.restarts_with} == {"serving": ("ray",)}
     assert all(after[name] == ("topics",) for name in ("registry", "validator", "builder", "streaming", "gateway"))
 
 

@@ -81,6 +81,24 @@ async def test_what_depends_on_a_volatile_part_is_restarted_with_it(home: Home) 
         assert run.order(State.READY)[-3:] == ["broker", "topics", "service"]
 
 
+async def test_what_restarts_with_a_part_does_not_wait_for_it_and_ends_before_it(home: Home) -> None:
+    asked = 0
+
+    def is_ready() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked != 2  # when it comes back it takes a while
+
+    parts = [program("ray", restarts_dependents=True, is_ready=is_ready), program("serving", restarts_with=("ray",))]
+    async with supervised(home, parts) as run:
+        before = run.pid("serving")
+        os.kill(run.pid("ray"), signal.SIGKILL)
+        await run.until_said("serving", State.READY, 2)
+        assert run.pid("serving") != before
+        await run.until_said("ray", State.READY, 2)
+    assert run.order(State.STOPPED) == ["serving", "ray"]
+
+
 async def test_a_part_that_ignores_sigterm_is_killed(home: Home) -> None:
     async with supervised(home, [program("stubborn", STUBBORN, stop_timeout_s=0.1)]) as run:
         pid = run.pid("stubborn")

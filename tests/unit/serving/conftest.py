@@ -126,7 +126,7 @@ class World:
         state = State()
         polls = {"poll_settled_s": 0.01, "poll_unsettled_s": 0.002}
         made = Controller(state, self.cluster, self.broker, PLACES, Limits(), **polls, clock=lambda: NOW)
-        made._retry = SOON
+        made._retry = made._start_retry = SOON
         return [Follower(self.broker, [STATE_DEPLOYMENTS.name], state.apply), made]
 
     async def publish(self, *payloads: Payload) -> None:

@@ -60,3 +60,13 @@ async def test_a_cluster_that_is_not_there_is_not_waited_for(adapters, listener)
     with pytest.raises(ClusterUnavailableError, match="nothing listens on"):
         await cluster.start()
     await cluster.stop()
+
+
+async def test_the_address_is_read_anew_whenever_a_connection_is_tried(adapters, tmp_path):
+    file = tmp_path / "ray.json"
+    cluster = adapters.RayServe("", object, address_file=file)
+    with pytest.raises(ClusterUnavailableError, match="has not come up yet"):
+        await cluster.start()
+    file.write_text('{"address": "127.0.0.1:1"}')
+    with pytest.raises(ClusterUnavailableError, match="nothing listens on 127.0.0.1:1"):
+        await cluster.start()
