@@ -2,10 +2,11 @@
 
 The same rows are asked together, twice, in another order, and some of them alone. Text, integers and booleans must agree exactly, floats
 within ``RELATIVE`` of the largest value of the output, or within the difference between the two equal requests: numeric libraries may
-round the last bits of differently shaped batches differently.
+round the last bits of differently shaped batches differently. At last one of the rows loses its values: a model that fills in what is
+missing from the rows beside it treats rows independently as long as nothing is missing.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from schemas.inference import Signature, TensorSpec
 MAX_ROWS = 64
 """Rows of an example that are looked at."""
 
-MAX_PREDICTIONS = 6
-"""Of one set of rows; there are two sets at most, the example's and made-up ones."""
+MAX_PREDICTIONS = 5
+"""Of one set of rows; there are two sets at most, the example's and made-up ones, and two more predictions for a missing row."""
 
 RELATIVE: Mapping[int, float] = {8: 1e-9, 4: 1e-5, 2: 1e-2}
 """Bytes of a float -> difference that is no difference, as a share of the largest value."""
@@ -37,7 +38,7 @@ async def find_dependence(ask: Ask, inputs: Arrays) -> str | None:
         The model refuses the rows together and alone, which says nothing about independence.
     """
     count = len(next(iter(inputs.values())))
-    alone = sorted({0, count // 2, count - 1})[: MAX_PREDICTIONS - 3]
+    alone = sorted({(count - 1) // 2, count - 1})[: MAX_PREDICTIONS - 3]
     try:
         together = await ask(inputs)
     except (InvalidInputError, ModelError) as error:
@@ -62,6 +63,25 @@ async def find_dependence(ask: Ask, inputs: Arrays) -> str | None:
         for name, array in together.items():
             if not agrees(array[row : row + 1], single[name], spreads[name], scale=_largest(array)):
                 return f"output '{name}' of a row differs when it is asked alone"
+    return None
+
+
+async def find_dependence_of_missing(ask: Ask, inputs: Arrays, row: int) -> str | None:
+    """Why the answer to a row whose values are missing depends on the other rows; None: it does not.
+
+    Raises
+    ------
+    InvalidInputError, ModelError
+        The model takes no missing values.
+    """
+    together = await ask(inputs)
+    try:
+        single = await ask(_rows(inputs, slice(row, row + 1)))
+    except (InvalidInputError, ModelError) as error:
+        return f"a row with missing values is answered beside others, and alone it is not: {error}"
+    for name, array in together.items():
+        if not agrees(array[row : row + 1], single[name], scale=_largest(array)):
+            return f"output '{name}' of a row with missing values differs when it is asked alone"
     return None
 
 
@@ -129,6 +149,22 @@ def varied(inputs: Arrays) -> Arrays | None:
     return rows
 
 
+def with_missing(inputs: Arrays, nullable: Collection[str] = ()) -> tuple[Arrays, int] | None:
+    """The rows with all floats of one of them missing, and which one that is; of rows without floats, the texts of ``nullable`` inputs.
+
+    None: nothing can be missing.
+    """
+    floats = {name for name, array in inputs.items() if array.dtype.kind == "f"}
+    emptied = floats or {name for name in nullable if inputs[name].dtype.kind == "O"}
+    if not emptied:
+        return None
+    row = len(next(iter(inputs.values()))) // 2
+    rows = {name: array.copy() if name in emptied else array for name, array in inputs.items()}
+    for name in emptied:
+        rows[name][row] = np.nan if name in floats else None
+    return rows, row
+
+
 def made_up_rows(signature: Signature) -> Arrays:
     """Rows that differ from one another in every input; as many as no other dimension of the signature has."""
     sizes = {size for spec in (*signature.inputs, *signature.outputs) for size in spec.shape[1:]}
@@ -152,8 +188,12 @@ def _made_up(spec: TensorSpec, count: int, chance: np.random.Generator) -> Array
     return chance.integers(0, 9, shape).astype(dtype)
 
 
-async def judge(ask: Ask, sets: list[Arrays]) -> str | None:
-    """The first reason that any set of rows gives; sets that the model refuses say nothing."""
+async def judge(ask: Ask, sets: list[Arrays], nullable: Collection[str] = ()) -> str | None:
+    """The first reason that any set of rows gives; sets that the model refuses say nothing.
+
+    ``nullable`` are the inputs whose texts may be missing.
+    """
+    answered: Arrays | None = None
     for inputs in sets:
         try:
             reason = await find_dependence(ask, inputs)
@@ -161,4 +201,11 @@ async def judge(ask: Ask, sets: list[Arrays]) -> str | None:
             continue
         if reason is not None:
             return reason
-    return None
+        answered = answered or inputs
+    emptied = None if answered is None else with_missing(answered, nullable)
+    if emptied is None:
+        return None
+    try:
+        return await find_dependence_of_missing(ask, *emptied)
+    except (InvalidInputError, ModelError):
+        return None

@@ -283,7 +283,8 @@ async def _judge_rows(client: RunnerClient, trial: Trial, verdict: Validation, s
     async def ask(inputs: Arrays) -> Arrays:
         return (await _ask(client, inputs, outputs, trial.limits)).outputs
 
-    reason = await independence.judge(ask, [*sets, independence.made_up_rows(signature)])
+    nullable = [spec.name for spec in signature.inputs if spec.dtype is not None]
+    reason = await independence.judge(ask, [*sets, independence.made_up_rows(signature)], nullable)
     if reason is None:
         return verdict
     finding = warning("trial.rows_depend", f"rows are not independent, so requests are never joined or cut: {reason}")

@@ -19,6 +19,7 @@ from libs.inference.batches import is_batchable
 from schemas.registry import ArtifactFormat
 from services.validator import independence
 from services.validator.independence import agrees
+from tests.unit.runner.models import model as from_expression
 from tests.unit.runner.models import on_request
 from tests.unit.validator.files import saved
 from tests.unit.validator.test_validation import tried
@@ -48,6 +49,44 @@ async def test_a_zscore_over_the_request_is_never_batched(tmp_path: Path) -> Non
     verdict = await tried(saved(model, tmp_path / "m"), tmp_path, example={"instances": [[1, 2, 3, 4], [2, 4, 8, 1]]})
     assert verdict.signature is not None
     assert not verdict.signature.batchable
+
+
+async def test_missing_values_that_are_filled_in_from_the_other_rows_are_never_batched(tmp_path: Path) -> None:
+    model = from_expression("lambda X, np=__import__('numpy'): np.where(np.isnan(X), np.nanmean(X, axis=0), X).sum(1)")
+    for example in (None, {"instances": [[1, 2, 3], [2, 4, 8]]}, {"instances": [[1, 2, 3]]}):
+        verdict = await tried(model, tmp_path, example=example)
+        assert verdict.signature is not None
+        assert not verdict.signature.batchable, example
+        assert "missing" in verdict.findings[-1].message
+
+
+async def test_missing_texts_that_are_taken_from_the_row_before_are_found() -> None:
+    async def ask(inputs: Any) -> Any:
+        filled, last = [], b"?"
+        for value in inputs["x"].tolist():
+            last = last if value is None else value
+            filled.append(last)
+        return {"y": np.array(filled, dtype=object)}
+
+    rows = {"x": np.array([b"a", b"b", b"c", b"d", b"e"], dtype=object)}
+    assert await independence.judge(ask, [rows]) is None
+    assert "missing values" in str(await independence.judge(ask, [rows], ["x"]))
+
+
+async def test_a_model_that_takes_no_missing_values_stays_batchable() -> None:
+    from libs.inference.errors import InvalidInputError
+
+    asked = []
+
+    async def ask(inputs: Any) -> Any:
+        asked.append(inputs)
+        if np.isnan(inputs["x"]).any():
+            raise InvalidInputError("no NaN, please")
+        return {"y": inputs["x"] * 2}
+
+    rows = {"x": np.arange(10.0).reshape(5, 2)}
+    assert await independence.judge(ask, [rows, rows]) is None
+    assert len(asked) <= 12
 
 
 @pytest.mark.parametrize(
