@@ -128,7 +128,7 @@ def parse_csv(body: bytes | bytearray | memoryview, signature: Signature, header
     ----------
     header
         Whether the first row is names. None: it is, if it holds just the names that the model knows, or, for a model without text
-        inputs, if any of its cells is not a number.
+        inputs, if any of its cells is not a number, or, for one on a table with text, if any of its cells is the name of a column.
 
     Raises
     ------
@@ -517,7 +517,7 @@ def _is_header(first: list[str], signature: Signature) -> bool:
         return True
     datatypes = {spec.datatype for spec in signature.inputs}
     if "BYTES" in datatypes:
-        return False
+        return signature.is_table and not cells.isdisjoint(known)
     values = _BOOLEANS if "BOOL" in datatypes else {}
     return not all(not cell.strip() or _NUMBER.fullmatch(cell) or cell.strip().lower() in values for cell in first)
 

@@ -391,6 +391,16 @@ def test_a_long_cell_is_refused_without_trying_every_way_to_read_it(cell):
         tabular.parse_csv(f"{cell},2,3".encode(), NAMED, header=False)
 
 
+def test_a_header_that_misses_a_column_is_no_row_of_texts():
+    columns = [TensorSpec(name=name, datatype="BYTES", shape=(-1,), dtype="object") for name in ("city", "plan")]
+    signature = Signature(inputs=tuple(columns), outputs=(columns[0],))
+    with pytest.raises(InvalidInputError, match="lacks the column 'city' and has the column 'City'"):
+        tabular.parse_csv(b"City,plan\nParis,pro\n", signature)
+    with pytest.raises(InvalidInputError, match="has the column '', which the model does not know"):
+        tabular.parse_csv(b",city,plan\n0,Paris,pro\n", signature)
+    assert [array.tolist() for array in tabular.parse_csv(b"Paris,pro\n", signature).inputs.values()] == [[b"Paris"], [b"pro"]]
+
+
 def test_a_header_of_very_many_names_is_read_once():
     names = [f"n{index}" for index in range(200_000)]
     with pytest.raises(InvalidInputError, match="'n7' is there twice"):
