@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InvalidInputError, LoadError, first_sentence
 from ..wire import Arrays, WireError, datatype_of
-from .tables import Table, find_opaque, find_table, inner_of
+from .tables import Table, find_opaque, find_table, inner_of, working_steps
 
 INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
@@ -63,8 +63,8 @@ class SklearnModel:
             self._methods = ["transform"]
         if not self._methods:
             raise LoadError("not_a_model", f"the artifact holds {_type_name(estimator)}, which has no predict method")
-        self._takes_text = _takes_text(estimator)
         self._feature_names = _feature_names(estimator)
+        self._takes_text = self._feature_names is None and _takes_text(estimator)
         self._frame = _frame_maker(estimator, self._feature_names)
         self._declared = list((declared or {}).get("inputs", ()))
         self._table: Table | None = None if self._takes_text else find_table(estimator, self._feature_names, self._declared)
@@ -237,8 +237,16 @@ def _first_step(estimator: Any) -> Any:
     return estimator
 
 
-def _takes_text(estimator: Any) -> bool:
-    return any(kind.__module__ == _TEXT_MODULE for kind in type(_first_step(estimator)).__mro__)
+def _takes_text(estimator: Any, depth: int = 0) -> bool:
+    """Tell whether a text vectorizer, itself or behind functions, sees the input as it comes, in any of the parts that see it."""
+    if any(kind.__module__ == _TEXT_MODULE for kind in type(estimator).__mro__):
+        return True
+    steps = getattr(estimator, "steps", None)
+    if isinstance(steps, list) and steps:
+        parts = [step for step in working_steps(steps) if type(step).__name__ != "FunctionTransformer"][:1]
+    else:
+        parts = inner_of(estimator)
+    return depth < 8 and any(_takes_text(part, depth + 1) for part in parts)
 
 
 def _n_features(estimator: Any) -> int:

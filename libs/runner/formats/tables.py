@@ -286,7 +286,7 @@ def inner_of(estimator: Any) -> list[Any]:
     """Return the fitted parts of an estimator that see its input as it comes: the first step of a pipeline, the members of an ensemble."""
     steps = getattr(estimator, "steps", None)
     if isinstance(steps, list) and steps:
-        return _working_steps(steps)[:1]
+        return working_steps(steps)[:1]
     union = getattr(estimator, "transformer_list", None)
     if isinstance(union, list):
         return [part for _, part in union]
@@ -302,7 +302,7 @@ def inner_of(estimator: Any) -> list[Any]:
     return []
 
 
-def _working_steps(steps: Sequence[Any]) -> list[Any]:
+def working_steps(steps: Sequence[Any]) -> list[Any]:
     """Return the steps of a pipeline that do something."""
     return [step for _, step in steps if step is not None and not isinstance(step, str) and not _is_identity(step)]
 
@@ -336,7 +336,7 @@ class _Search:
             return
         steps = getattr(estimator, "steps", None)
         if isinstance(steps, list) and steps:
-            parts = _working_steps(steps)
+            parts = working_steps(steps)
             if parts and type(parts[0]).__name__ == "FunctionTransformer":
                 self._add_opaque(names, parts[1:])
             elif parts:

@@ -9,14 +9,16 @@ import numpy as np
 import orjson
 import pandas as pd
 import pytest
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
+from sklearn.ensemble import VotingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
@@ -327,6 +329,26 @@ def test_columns_behind_functions_are_text_where_the_functions_take_no_numbers(i
     served = SklearnModel(model, first)
     inputs = v1.from_document({"inputs": {name: table[name].tolist() for name in table}}, signature).inputs
     assert np.array_equal(served.predict(inputs, ["predict_proba"])["predict_proba"], model.predict_proba(table))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_pipeline(FeatureUnion([("w", TfidfVectorizer()), ("c", TfidfVectorizer(analyzer="char"))]), LogisticRegression()),
+        lambda: VotingClassifier([(name, make_pipeline(TfidfVectorizer(), LogisticRegression())) for name in "ab"]),
+        lambda: CalibratedClassifierCV(make_pipeline(TfidfVectorizer(), LogisticRegression()), cv=2),
+        lambda: make_pipeline(FunctionTransformer(np.ravel), TfidfVectorizer(), LogisticRegression()),
+    ],
+    ids=["union", "voting", "calibrated", "behind a function"],
+)
+def test_vectorizers_within_other_estimators_take_text(make: Any) -> None:
+    texts = np.array(["good day", "bad day", "good night", "bad night"] * 2, dtype=object)
+    model = make().fit(texts, [1, 0, 1, 0] * 2)
+    served = SklearnModel(model)
+    signature = Signature.model_validate(served.describe())
+    assert [spec.datatype for spec in signature.inputs] == ["BYTES"]
+    inputs = v1.from_document({"instances": texts.tolist()}, signature).inputs
+    assert served.predict(inputs, ["predict"])["predict"].tolist() == model.predict(texts).tolist()
 
 
 def test_a_function_of_numbers_leaves_a_model_on_numbers() -> None:
