@@ -18,6 +18,9 @@ _TEXT_MODULE = "sklearn.feature_extraction.text"
 _PLAIN = ("object", "float64", "bool")
 _NULLABLE = ("boolean", "Int64")
 _NULLABLE_OF = {"BOOL": "boolean", "INT64": "Int64"}
+_DATE_UNITS = ("s", "ms", "us", "ns")
+"""Those that pandas keeps dates in; nanoseconds hold no date beyond 2262."""
+
 _EXACT = 2**53
 """From here on a float stands for more than one integer."""
 
@@ -143,7 +146,8 @@ class Column:
         try:
             return pd.Series(pd.to_datetime(texts, format="ISO8601")).astype(self.dtype)
         except (TypeError, ValueError) as error:
-            raise InvalidInputError(f"column '{self.name}' takes dates in ISO 8601, such as 2026-11-30; one is not") from error
+            text = f"column '{self.name}' takes dates in ISO 8601 without a time zone, such as 2026-11-30; one is not"
+            raise InvalidInputError(text) from error
 
 
 class Table:
@@ -435,7 +439,9 @@ def _is_identity(estimator: Any) -> bool:
 def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Column | None:
     """Return the column whose distinct values an encoder, or whose fill value an imputer, remembers; None if they tell nothing."""
     if values.dtype.kind == "M":
-        return Column(name, "BYTES", "datetime64[ns]", np.datetime_as_string(values[~np.isnat(values)]).tolist())
+        unit = np.datetime_data(values.dtype)[0]
+        dtype = f"datetime64[{unit if unit in _DATE_UNITS else 'ns'}]"
+        return Column(name, "BYTES", dtype, np.datetime_as_string(values[~np.isnat(values)]).tolist())
     if values.dtype.kind in "iu":
         return None if is_imputer else Column(name, "INT64", "int64", values.tolist())
     if values.dtype.kind == "f":

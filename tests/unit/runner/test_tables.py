@@ -351,6 +351,19 @@ def test_vectorizers_within_other_estimators_take_text(make: Any) -> None:
     assert served.predict(inputs, ["predict"])["predict"].tolist() == model.predict(texts).tolist()
 
 
+@pytest.mark.parametrize("unit", ["s", "us", "ns"])
+def test_dates_have_the_unit_of_training(unit: str) -> None:
+    days = ["2020-01-01", "2261-06-01" if unit == "ns" else "9999-12-31"]
+    table = pd.DataFrame({"day": pd.Series(days).astype(f"datetime64[{unit}]")})
+    model = make_pipeline(OrdinalEncoder(), DecisionTreeClassifier()).fit(table, [0, 1])
+    served = SklearnModel(model)
+    signature = Signature.model_validate(served.describe())
+    inputs = v1.from_document({"instances": [{"day": day} for day in days]}, signature).inputs
+    assert served.predict(inputs, ["predict"])["predict"].tolist() == [0, 1]
+    with pytest.raises(InvalidInputError, match="without a time zone"):
+        served.predict(v1.from_document({"instances": [{"day": "2020-01-01T00:00:00Z"}]}, signature).inputs, ["predict"])
+
+
 def test_a_function_of_numbers_leaves_a_model_on_numbers() -> None:
     table = pd.DataFrame({"a": [1.0, 2, 3, 4], "b": [0.0, 1, 0, 1]})
     model = make_pipeline(FunctionTransformer(np.log1p), StandardScaler(), LogisticRegression()).fit(table, [0, 0, 1, 1])
