@@ -17,6 +17,9 @@ from schemas.inference import Datatype, Signature, TensorSpec
 NULLABLE = ("boolean", "Int64")
 """dtypes of columns that travel as floats, in which NaN is a missing value."""
 
+_EXACT = 2**53
+"""From here on a float stands for more than one integer."""
+
 
 @lru_cache(maxsize=256)
 def _feature_specs(names: tuple[str, ...], datatype: Datatype) -> Mapping[str, TensorSpec]:
@@ -80,9 +83,15 @@ def _columns_of(array: Array, name: str, signature: Signature) -> dict[str, Arra
     order = places(array.shape[1], signature)
     if order is None:
         raise InvalidInputError(f"input '{name}' has {array.shape[1]} columns; {_wanted(signature)}")
+    placed = list(zip(signature.inputs, order, strict=True))
+    for spec, place in placed:
+        if spec.datatype == Datatype.INT64 and np.abs(array[:, place]).max(initial=0) >= _EXACT:
+            raise InvalidInputError(
+                f"column '{spec.name}' has integers that a matrix of floats does not keep: send a tensor for each column"
+            )
     return {
         spec.name: convert(array[:, place], NUMPY_DTYPES[spec.datatype], spec.datatype.value, f"column '{spec.name}'")
-        for spec, place in zip(signature.inputs, order, strict=True)
+        for spec, place in placed
     }
 
 

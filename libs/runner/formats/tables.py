@@ -6,6 +6,7 @@ of the vectorizers. A model whose columns are all numbers, and all used, has no 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ _DATE_UNITS = ("s", "ms", "us", "ns")
 
 _EXACT = 2**53
 """From here on a float stands for more than one integer."""
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+"""An integer as Python writes it; a text of digits with zeros before them is none."""
 
 _MOST_MEMBERS = 16
 """Members of an ensemble that are looked at; a forest has more, and all see the same."""
@@ -48,6 +52,8 @@ class Column:
         Of dtype ``boolean``: whether the model was fitted on Python's booleans and what stands for missing ones, not on pandas' own.
     optional
         Whether a request may leave it out.
+    is_exact
+        Of numbers: whether the model tells them apart by what floats do not keep, so that they cannot travel in one matrix of FP64.
     """
 
     def __init__(self, name: str, datatype: str, dtype: str, known: Sequence[Any] = (), missing: Any = np.nan) -> None:
@@ -59,6 +65,7 @@ class Column:
         self.categories: list[Any] | None = None
         self.as_objects = False
         self.optional = False
+        self.is_exact = False
 
     def describe(self) -> dict[str, Any]:
         """Return it as an input of the signature."""
@@ -244,12 +251,13 @@ def find_table(
     if names is not None:
         search.visit(estimator, list(names))
     search.found.update((column.name, column) for column in guessed)
-    columns = {name: search.found.get(name) or Column(name, "FP64", "float64") for name in names or ()}
+    columns = {name: search.found.get(name) or search.codes.get(name) or Column(name, "FP64", "float64") for name in names or ()}
     for spec in declared:
         if not spec.get("dtype"):
             continue
         name = str(spec["name"])
         is_known = name in search.found or name in search.dropped - search.used or (names is not None and name not in columns)
+        is_known = is_known or (name in search.codes and spec["dtype"] == "float64")
         if not (is_known and spec["dtype"] in _PLAIN):
             columns[name] = _declared(spec, columns.get(name))
         if spec.get("optional") and name in columns:
@@ -258,7 +266,8 @@ def find_table(
     taken = [column for name, column in columns.items() if name not in ignored]
     is_matrix = any(not spec.get("dtype") for spec in declared)
     is_numbers = all(column.datatype != "BYTES" and column.dtype not in _NULLABLE and not column.optional for column in taken)
-    if is_numbers and (is_matrix or not ignored):
+    is_exact = any(column.is_exact for column in taken)
+    if is_numbers and (is_matrix or not (ignored or is_exact)):
         return None
     passed = [name for name in ignored if name in search.passed]
     return Table(taken, ignored, passed, order=names if ignored and names and set(columns) == set(names) else ())
@@ -324,6 +333,8 @@ class _Search:
         Of the dropped ones, those that are passed on at first.
     opaque
         Columns that a function sees first, those of one function together.
+    codes
+        Of these, the integers and booleans that the function seems to write as text: what the encoder behind it knows looks like them.
     """
 
     def __init__(self) -> None:
@@ -332,6 +343,7 @@ class _Search:
         self.dropped: set[str] = set()
         self.passed: set[str] = set()
         self.opaque: list[dict[str, Column]] = []
+        self.codes: dict[str, Column] = {}
         self._nested = 0
 
     def visit(self, estimator: Any, names: list[str], depth: int = 0) -> None:
@@ -382,6 +394,8 @@ class _Search:
             behind.visit(rest[0], names)
         texts = {name: column for name, column in behind.found.items() if column.datatype == "BYTES" and column.dtype == "object"}
         self.opaque.append({name: texts.get(name) or Column(name, "BYTES", "object") for name in names})
+        codes = {name: _code_of(column) for name, column in texts.items()}
+        self.codes.update({name: code for name, code in codes.items() if code is not None})
 
     def _visit_parts(self, transformer: Any, names: list[str], depth: int) -> None:
         for _, part, selected in transformer.transformers_:
@@ -443,7 +457,11 @@ def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Col
         dtype = f"datetime64[{unit if unit in _DATE_UNITS else 'ns'}]"
         return Column(name, "BYTES", dtype, np.datetime_as_string(values[~np.isnat(values)]).tolist())
     if values.dtype.kind in "iu":
-        return None if is_imputer else Column(name, "INT64", "int64", values.tolist())
+        if is_imputer:
+            return None
+        column = Column(name, "INT64", "int64", values.tolist())
+        column.is_exact = any(abs(value) > _EXACT for value in column.known)
+        return column
     if values.dtype.kind == "f":
         return None if is_imputer else Column(name, "FP64", "float64", values[np.isfinite(values)].tolist())
     there = [value for value in values.tolist() if value is not None and value == value]
@@ -461,6 +479,20 @@ def _column_of(name: str, values: np.ndarray[Any, Any], is_imputer: bool) -> Col
     if all(isinstance(value, (int, float)) for value in there):
         return None if is_imputer else Column(name, "FP64", "float64", there)
     raise LoadError("not_a_model", f"column '{name}' of the model holds text and numbers, which a request cannot tell apart")
+
+
+def _code_of(text: Column) -> Column | None:
+    """Return the column whose values, written as text, are those that an encoder knows: ``75001`` of a float would be ``75001.0``."""
+    if not text.known:
+        return None
+    if set(text.known) <= {"True", "False"}:
+        code = Column(text.name, "BOOL", "bool")
+    elif all(_INTEGER.fullmatch(value) for value in text.known):
+        code = Column(text.name, "INT64", "int64", [int(value) for value in text.known])
+    else:
+        return None
+    code.is_exact = True
+    return code
 
 
 def _selected(selected: Any, names: list[str]) -> list[str]:

@@ -331,6 +331,49 @@ def test_columns_behind_functions_are_text_where_the_functions_take_no_numbers(i
     assert np.array_equal(served.predict(inputs, ["predict_proba"])["predict_proba"], model.predict_proba(table))
 
 
+def _as_text(table: pd.DataFrame) -> pd.DataFrame:
+    return table.astype(str)
+
+
+@pytest.mark.parametrize(("values", "datatype"), [([75001, 10115, 75001, 10115], "INT64"), ([True, False, True, False], "BOOL")])
+@pytest.mark.parametrize("with_example", [False, True])
+def test_integers_and_booleans_that_a_function_writes_as_text_come_as_what_they_are(
+    values: list[Any], datatype: str, with_example: bool
+) -> None:
+    table = pd.DataFrame({"code": values, "v": [0.1, 0.2, 0.3, 0.4]})
+    codes = make_pipeline(FunctionTransformer(_as_text), OneHotEncoder(handle_unknown="ignore"))
+    model = make_pipeline(ColumnTransformer([("c", codes, ["code"]), ("v", "passthrough", ["v"])]), DecisionTreeClassifier(random_state=0))
+    model.fit(table, [1, 0, 1, 0])
+    shown = [{"name": name, "datatype": "FP64", "shape": [-1], "dtype": "float64"} for name in table] if with_example else []
+    first = SklearnModel(model, {"inputs": shown}).describe()
+    assert [spec["datatype"] for spec in first["inputs"]] == [datatype, "FP64"]
+    served = SklearnModel(model, first)
+    assert served.describe() == first
+    inputs = v1.from_document({"instances": table.to_dict("records")}, Signature.model_validate(first)).inputs
+    assert served.predict(inputs, ["predict"])["predict"].tolist() == [1, 0, 1, 0]
+
+
+def test_integers_beyond_what_floats_keep_are_told_apart() -> None:
+    ids = [2**53, 2**53 + 1, 2**53 + 2, 2**53 + 3]
+    table = pd.DataFrame({"id": ids, "v": [0, 0, 0, 0]})
+    columns = ColumnTransformer([("i", OneHotEncoder(), ["id"]), ("v", "passthrough", ["v"])])
+    model = make_pipeline(columns, DecisionTreeClassifier(random_state=0)).fit(table, [0, 1, 0, 1])
+    served = SklearnModel(model)
+    signature = Signature.model_validate(served.describe())
+    inputs = v1.from_document({"inputs": {"id": ids, "v": [0] * 4}}, signature).inputs
+    assert served.predict(inputs, ["predict"])["predict"].tolist() == [0, 1, 0, 1]
+    matrix = {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1, 2], "data": [2**53 + 1, 0]}]}
+    with pytest.raises(InvalidRequestError, match="column 'id' has integers that a matrix of floats does not keep"):
+        v2.from_document(matrix, signature)
+
+
+def test_a_model_that_was_deployed_with_a_matrix_keeps_it() -> None:
+    table = pd.DataFrame({"id": [2**53, 2**53 + 2]})
+    model = make_pipeline(OneHotEncoder(), DecisionTreeClassifier()).fit(table, [0, 1])
+    matrix = {"inputs": [{"name": "input", "datatype": "FP64", "shape": [-1, 1]}]}
+    assert [spec["name"] for spec in SklearnModel(model, matrix).describe()["inputs"]] == ["input"]
+
+
 @pytest.mark.parametrize(
     "make",
     [
