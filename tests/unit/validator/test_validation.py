@@ -30,7 +30,7 @@ from tests.unit.runner.models import Call, Source, on_request, row_sums, write
 from tests.unit.runner.models import model as model_of
 from tests.unit.validator.files import fitted, saved, written
 
-LIMITS = TrialLimits(load_s=20, predict_s=1.0, cpu_s=20, memory_bytes=1 << 30, latency_runs=5, latency_s=0.5)
+LIMITS = TrialLimits(load_s=60, predict_s=1.0, cpu_s=20, memory_bytes=1 << 30, latency_runs=5, latency_s=0.5)
 V1_EXAMPLE = {"instances": [[1.0, 2.0, 3.0]]}
 
 
