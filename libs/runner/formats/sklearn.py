@@ -62,7 +62,8 @@ class SklearnModel:
         if "predict" not in self._methods and _has(estimator, "transform"):
             self._methods = ["transform"]
         if not self._methods:
-            raise LoadError("not_a_model", f"the artifact holds {_type_name(estimator)}, which has no predict method")
+            remedy = "; save the fitted model itself, not what it is kept in" if isinstance(estimator, (dict, list, tuple)) else ""
+            raise LoadError("not_a_model", f"the artifact holds {_type_name(estimator)}, which has no predict method{remedy}")
         self._feature_names = _feature_names(estimator)
         self._takes_text = self._feature_names is None and _takes_text(estimator)
         self._frame = _frame_maker(estimator, self._feature_names)

@@ -290,7 +290,11 @@ async def test_a_class_of_the_training_script_is_a_missing_name(tmp_path: Path) 
         (Source("__import__('sys').exit(0)"), "load_failed", "loading the artifact tried to end the process (SystemExit)"),
         (Source("__import__('os')._exit(7)"), "exited", "the runner exited with status 7 while it loaded the artifact"),
         (Source("[bytes(1 << 28) for _ in range(20)]"), "memory", "loading the artifact needs more memory than it is allowed"),
-        ({"a": 1}, "not_a_model", "the artifact holds dict, which has no predict method"),
+        (
+            {"a": 1},
+            "not_a_model",
+            "the artifact holds dict, which has no predict method; save the fitted model itself, not what it is kept in",
+        ),
         (LogisticRegression(), "not_a_model", "the artifact holds sklearn.linear_model._logistic.LogisticRegression, which is not fitted"),
         (model("None"), "not_a_model", "the artifact holds types.SimpleNamespace, which has no predict method"),
     ],

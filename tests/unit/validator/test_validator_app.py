@@ -260,7 +260,7 @@ async def test_a_model_that_fails_its_trial_is_rejected(memory_broker: MemoryBro
     artifact = await stored(store, pickle.dumps({"no": "model"}))
     (fact,) = await said(memory_broker, store, tmp_path / "home", snapshot(artifact), BUILT)
     assert isinstance(fact, VersionRejected)
-    assert fact.reason == "the artifact holds dict, which has no predict method"
+    assert fact.reason == "the artifact holds dict, which has no predict method; save the fitted model itself, not what it is kept in"
 
 
 async def test_a_machine_without_a_sandbox_refuses_to_start(tmp_path: Path) -> None:
