@@ -266,7 +266,9 @@ def read_json(path: Path) -> Any:
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise CommandError(f"{path} cannot be read: {error}") from error
 
 

@@ -265,6 +265,12 @@ def test_unusable_arguments_fail_with_one_sentence(run: Run, arguments: tuple[st
     assert (outcome.exit_code, outcome.out, outcome.err) == (2, "", sentence)
 
 
+def test_an_example_that_is_not_there_is_said_in_words(store: FakeGateway, run: Run, file: Path) -> None:
+    outcome = run("models", "upload", file, "--name", "cancer", "--example", "nowhere.json")
+    assert (outcome.exit_code, outcome.err) == (1, "millrace: nowhere.json cannot be read: No such file or directory\n")
+    assert store.requests == []
+
+
 def test_an_example_that_is_not_json_is_refused_before_anything_is_sent(store: FakeGateway, run: Run, file: Path, tmp_path: Path) -> None:
     (tmp_path / "example.json").write_text("{")
     outcome = run("models", "upload", file, "--name", "cancer", "--example", tmp_path / "example.json")
