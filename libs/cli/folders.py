@@ -18,6 +18,7 @@ _LEFT_OUT = ("__pycache__", ".git", ".ipynb_checkpoints", ".DS_Store")
 
 _SUFFIXES = (".joblib", ".pkl", ".pickle", ".onnx")
 _MLFLOW = re.compile(r"mlflow(-skinny|-tracing)?\s*($|[\[=<>!~;@ ])", re.IGNORECASE)
+_CODE = re.compile(r"^\s+code: *['\"]?([\w.-]+)['\"]?\s*$", re.MULTILINE)
 _EXAMPLES = ("serving_input_example.json", "input_example.json")
 """The first has the form of a request, and newer versions of MLflow write both."""
 
@@ -29,6 +30,7 @@ class Given:
     path: Path
     requirements: Path | None = None
     example: Path | None = None
+    code: Path | None = None
 
 
 def resolve(path: Path) -> Given:
@@ -134,4 +136,11 @@ def _mlflow_model(folder: Path) -> Given:
         raise UsageError(f"{folder} is an MLflow model without a model.pkl, so not one of scikit-learn; upload the model's own file")
     beside = [folder / name for name in ("requirements.txt", *_EXAMPLES)]
     requirements, *examples = [path if path.is_file() else None for path in beside]
-    return Given(file, requirements, examples[0] or examples[1])
+    return Given(file, requirements, examples[0] or examples[1], _mlflow_code(folder))
+
+
+def _mlflow_code(folder: Path) -> Path | None:
+    """The folder of modules that MLflow saved with a model (``code_paths``), if there is one."""
+    named = _CODE.search((folder / "MLmodel").read_text("utf-8", "replace"))
+    code = folder / named[1] if named is not None else folder
+    return code if named is not None and "/" not in named[1] and code.is_dir() and not code.is_symlink() else None

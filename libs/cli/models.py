@@ -66,7 +66,7 @@ def upload(
     with open_session("models upload") as session:
         with _warnings_on_failure():
             given_body = {key: value for key, value in body.items() if value is not None}
-            view, is_new = upload_version(session, given.path, name, given_body, code=code, wait=wait)
+            view, is_new = upload_version(session, given.path, name, given_body, code=code or given.code, wait=wait)
         _note_warnings(view)
         if as_json:
             output.show_json({**view, "trace_id": session.trace_id})

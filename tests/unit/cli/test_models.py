@@ -378,6 +378,16 @@ def test_a_model_folder_of_mlflow_is_its_pickle_requirements_and_example(
     assert (body["requirements"], body.get("example")) == (["mlflow-plugin==1", "scikit-learn==1.7.0"], expected)
 
 
+def test_the_modules_that_mlflow_saved_with_a_model_travel_as_its_code(store: FakeGateway, run: Run, tmp_path: Path) -> None:
+    store.on("POST", VERSIONS, version("registered"), status=201)
+    folder = made(tmp_path / "model", "model.pkl", "code/shop/__init__.py")
+    (folder / "MLmodel").write_text("flavors:\n  python_function:\n    code: code\n    loader_module: mlflow.sklearn\n")
+    assert run("models", "upload", folder, "--name", "cancer").exit_code == 0
+    model, code = sent_artifacts(store)
+    assert (model.body, names_in(code.body)) == (b"x", ["shop/__init__.py"])
+    assert store.sent("POST", VERSIONS).json["code"]["sha256"] == hashlib.sha256(code.body).hexdigest()
+
+
 def names_in(content: bytes) -> list[str]:
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         return archive.getnames()
