@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -192,14 +192,15 @@ async def receive(
 async def read_verified(open_reader: Callable[[], BlockReader], sha256: str) -> AsyncIterator[bytes]:
     """Yield the blocks of a reader, the last one only if all of them together have the digest."""
     digest = hashlib.sha256()
-    reader = await in_thread(open_reader)
+    opened: list[BlockReader] = []  # there as soon as it is open: who is cancelled at that moment closes it, too
 
     def read_block() -> bytes:
-        block = reader.read(BLOCK_BYTES)
+        block = opened[0].read(BLOCK_BYTES)
         digest.update(block)
         return block
 
     try:
+        await in_thread(lambda: opened.append(open_reader()))
         held = await in_thread(read_block)
         while block := await in_thread(read_block):
             yield held
@@ -209,11 +210,12 @@ async def read_verified(open_reader: Callable[[], BlockReader], sha256: str) -> 
         if held:
             yield held
     finally:
-        reader.close()
+        for reader in opened:
+            reader.close()
 
 
 async def write_verified(blocks: AsyncIterator[bytes], path: Path) -> None:
-    """Write blocks to a file that appears under its name only when all of them came."""
+    """Write blocks to a file that appears under its name only when all of them came; what yields them is closed at the end."""
     part = path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex}.part")
     place = f"the directory {path.parent}"
     with os_errors_of(place):
@@ -227,6 +229,8 @@ async def write_verified(blocks: AsyncIterator[bytes], path: Path) -> None:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+        if isinstance(blocks, AsyncGenerator):
+            await blocks.aclose()
 
 
 def write_all(file: FileIO, block: bytes, place: str) -> None:

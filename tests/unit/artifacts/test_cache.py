@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from libs.artifacts.cache import ArtifactCache, store_set
 from libs.artifacts.directory import DirectoryStore
 from libs.artifacts.manifest import File, Manifest
-from libs.artifacts.store import ArtifactCorruptError, ArtifactNotFoundError
+from libs.artifacts.store import ArtifactCorruptError, ArtifactNotFoundError, read_verified
 
 CONTENT = b"a model" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -220,3 +221,23 @@ async def test_a_process_that_is_killed_leaves_no_half_set(tmp_path, after):
     folder = tmp_path / "cache" / f"{manifest.sha256}.files"
     assert content_of(folder) in ({}, MANY)
     assert content_of(await ArtifactCache(tmp_path / "cache", store).ensure_set(manifest.sha256)) == MANY
+
+
+async def test_a_file_that_is_being_opened_for_somebody_who_gave_up_is_closed() -> None:
+    opened: list[io.BytesIO] = []
+
+    def open_slowly() -> io.BytesIO:
+        time.sleep(0.1)
+        opened.append(io.BytesIO(b"x"))
+        return opened[0]
+
+    async def read() -> None:
+        async for _ in read_verified(open_slowly, "0" * 64):
+            raise AssertionError
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0.02)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert opened[0].closed
