@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InvalidInputError, LoadError, first_sentence
 from ..wire import Arrays, WireError, datatype_of
-from .tables import Table, find_opaque, find_table, inner_of, working_steps
+from .tables import Table, find_opaque, find_table, inner_of, unkept_columns, working_steps
 
 INPUT_NAME = "input"
 METHODS = ("predict", "predict_proba", "decision_function")
@@ -75,6 +75,8 @@ class SklearnModel:
 
     def describe(self) -> dict[str, Any]:
         n_features = _n_features(self._estimator)
+        if self._table is None and not self._takes_text and self._feature_names is None and not self._declared:
+            self._refuse_unkept(n_features)
         self._guess_columns(n_features)
         outputs = [spec for name in self._methods for spec in self._describe_outputs(name, n_features)]
         if not outputs:
@@ -93,6 +95,15 @@ class SklearnModel:
         else:
             input_spec = {"name": INPUT_NAME, "datatype": "FP64", "shape": [-1, n_features]}
         return {"inputs": [input_spec], "outputs": outputs, "feature_names": self._feature_names}
+
+    def _refuse_unkept(self, n_features: int) -> None:
+        places = unkept_columns(self._estimator, n_features)
+        if places:
+            raise LoadError(
+                "not_a_model",
+                f"the model tells integers apart that a matrix of floats does not keep (column {places[0]}); "
+                "train it on a DataFrame, whose columns have names, and they travel as integers",
+            )
 
     def sample(self) -> dict[str, list[Any]] | None:
         """Return made-up rows that differ, as the columns of a V1 body, where the model takes a table."""

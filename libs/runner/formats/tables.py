@@ -273,6 +273,18 @@ def find_table(
     return Table(taken, ignored, passed, order=names if ignored and names and set(columns) == set(names) else ())
 
 
+def unkept_columns(estimator: Any, count: int) -> list[int]:
+    """Return the columns, of a model without names, with integers that it tells apart and a matrix of FP64 does not keep."""
+    names = [str(place) for place in range(count)]
+    search = _Search()
+    try:
+        search.visit(estimator, names)
+    except (LoadError, IndexError):  # text among numbers, say: what the trial says of that is better
+        return []
+    seen = [search.found.get(name) or search.codes.get(name) for name in names]
+    return [place for place, column in enumerate(seen) if column is not None and column.is_exact]
+
+
 def find_opaque(estimator: Any, names: Sequence[str] | None, declared: Sequence[Mapping[str, Any]] = ()) -> list[list[Column]]:
     """Return the columns that only functions see, so that nothing tells whether they are text: as texts, those of a function together."""
     if names is None:

@@ -367,6 +367,26 @@ def test_integers_beyond_what_floats_keep_are_told_apart() -> None:
         v2.from_document(matrix, signature)
 
 
+@pytest.mark.parametrize(
+    ("encode", "ids"),
+    [
+        (OneHotEncoder(), [2**53, 2**53 + 1, 2**53 + 2, 2**53 + 3]),
+        (make_pipeline(FunctionTransformer(lambda codes: codes.astype(str)), OneHotEncoder()), [75001, 75002, 75003, 75004]),
+    ],
+)
+def test_integers_in_columns_without_names_that_floats_do_not_keep_are_refused_at_load(encode: Any, ids: list[int]) -> None:
+    model = make_pipeline(encode, DecisionTreeClassifier()).fit(np.array(ids)[:, None], [0, 1, 0, 1])
+    with pytest.raises(LoadError, match=r"integers apart that a matrix of floats does not keep \(column 0\); train it on a DataFrame"):
+        SklearnModel(model).describe()
+    matrix = {"inputs": [{"name": "input", "datatype": "FP64", "shape": [-1, 1]}]}
+    assert SklearnModel(model, matrix).describe()["inputs"] == [{"name": "input", "datatype": "FP64", "shape": [-1, 1]}]
+
+
+def test_small_codes_in_columns_without_names_stay_a_matrix() -> None:
+    model = make_pipeline(OneHotEncoder(), DecisionTreeClassifier()).fit(np.array([1, 2, 3, 4])[:, None], [0, 1, 0, 1])
+    assert [spec["name"] for spec in SklearnModel(model).describe()["inputs"]] == ["input"]
+
+
 def test_a_model_that_was_deployed_with_a_matrix_keeps_it() -> None:
     table = pd.DataFrame({"id": [2**53, 2**53 + 2]})
     model = make_pipeline(OneHotEncoder(), DecisionTreeClassifier()).fit(table, [0, 1])
