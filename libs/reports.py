@@ -53,7 +53,7 @@ class StreamReport:
 def write(path: Path, rows: Iterable[EndpointReport] | Iterable[StreamReport]) -> None:
     """Replace a report; raises ``OSError``."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # workers of one gateway write the same report
     partial.write_text(json.dumps({"pid": os.getpid(), "written_at": time.time(), "rows": [asdict(row) for row in rows]}))
     partial.replace(path)
 

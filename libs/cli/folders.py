@@ -4,7 +4,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ _LEFT_OUT = ("__pycache__", ".git", ".ipynb_checkpoints", ".DS_Store")
 """What Python, git and others leave beside files."""
 
 _SUFFIXES = (".joblib", ".pkl", ".pickle", ".onnx")
-_MLFLOW = re.compile(r"mlflow(-skinny|-tracing)?\s*($|[\[=<>!~;@ ])", re.IGNORECASE)
 _CODE = re.compile(r"^\s+code: *['\"]?([\w.-]+)['\"]?\s*$", re.MULTILINE)
 _EXAMPLES = ("serving_input_example.json", "input_example.json")
 """The first has the form of a request, and newer versions of MLflow write both."""
@@ -112,11 +111,6 @@ def _pack(folder: Path, archive: Path, prefix: str) -> None:
                 entry = tarfile.TarInfo(prefix + name)  # of nobody, and made at no time
                 entry.size = os.fstat(file.fileno()).st_size
                 tar.addfile(entry, file)
-
-
-def without_mlflow(lines: Sequence[str]) -> list[str]:
-    """Requirements without MLflow itself, which saves models and is not needed to serve them."""
-    return [line for line in lines if not _MLFLOW.match(line)]
 
 
 def as_request(example: Any) -> Any:

@@ -13,6 +13,7 @@ import typer
 from libs.cli import folders, output, references
 from libs.cli.errors import CommandError, StageFailedError
 from libs.cli.session import Session, open_session
+from libs.requirement_lines import lines_of, without_mlflow
 
 if TYPE_CHECKING:
     from libs.cli.client import Json
@@ -222,7 +223,7 @@ def _requirements(named: Path | None, given: folders.Given) -> list[str] | None:
     """The requirements that are named, else those beside the model, else none: they are inferred."""
     if named is not None:
         return requirement_lines(named)
-    return folders.without_mlflow(requirement_lines(given.requirements)) if given.requirements else None
+    return without_mlflow(requirement_lines(given.requirements)) if given.requirements else None
 
 
 def _example(named: Path | None, given: folders.Given) -> Any:
@@ -233,8 +234,7 @@ def _example(named: Path | None, given: folders.Given) -> Any:
 
 def requirement_lines(path: Path) -> list[str]:
     """The requirements in a file, without comments and empty lines."""
-    lines = (line.split(" #")[0].strip() for line in _read(path).splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    return lines_of(_read(path))
 
 
 def read_example(path: Path) -> Any:

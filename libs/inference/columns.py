@@ -17,7 +17,7 @@ from schemas.inference import Datatype, Signature, TensorSpec
 NULLABLE = ("boolean", "Int64")
 """dtypes of columns that travel as floats, in which NaN is a missing value."""
 
-_EXACT = 2**53
+EXACT = 2**53
 """From here on a float stands for more than one integer."""
 
 
@@ -85,7 +85,7 @@ def _columns_of(array: Array, name: str, signature: Signature) -> dict[str, Arra
         raise InvalidInputError(f"input '{name}' has {array.shape[1]} columns; {_wanted(signature)}")
     placed = list(zip(signature.inputs, order, strict=True))
     for spec, place in placed:
-        if spec.datatype == Datatype.INT64 and np.abs(array[:, place]).max(initial=0) >= _EXACT:
+        if spec.datatype == Datatype.INT64 and np.abs(array[:, place]).max(initial=0) >= EXACT:
             raise InvalidInputError(
                 f"column '{spec.name}' has integers that a matrix of floats does not keep: send a tensor for each column"
             )

@@ -24,7 +24,7 @@ import orjson
 from libs.errors import PayloadTooLargeError
 from libs.inference import v1
 from libs.inference.bodies import check_size, object_or_empty, parse_bounded, requested_groups
-from libs.inference.columns import completed, places
+from libs.inference.columns import EXACT, completed, places
 from libs.inference.errors import InvalidInputError, printable
 from libs.inference.requests import InferRequest, InferResponse
 from libs.inference.tensors import Array, array_from_json, check_shape, convert, show
@@ -41,7 +41,6 @@ NPY_MAGIC = b"\x93NUMPY"
 
 _MAX_NPY_HEADER_BYTES = 10_000
 _MAX_DIMENSIONS = 8
-_EXACT_FLOAT_INTEGER = 2**53
 _NUMBER = re.compile(r"\s*[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,40}\s*")
 _BOOLEANS = {"true": 1, "false": 0, "1": 1, "0": 0}
@@ -499,7 +498,7 @@ def _integer(cell: str) -> int | None:
     if not _NUMBER.fullmatch(cell):
         return {"true": 1, "false": 0}.get(cell.strip().lower())
     number = float(cell)
-    return int(number) if abs(number) < _EXACT_FLOAT_INTEGER and number.is_integer() else None
+    return int(number) if abs(number) < EXACT and number.is_integer() else None
 
 
 _READERS: Mapping[str, Callable[[str], Any]] = {

@@ -21,7 +21,6 @@ from libs.metrics.exposition import Exposition
 from schemas.operations import PredictionAccepted, PredictionEnded
 from schemas.topics import COMMANDS, DLQ, EVENTS, OPERATIONS, STATE
 from services.gateway.access import access_control
-from services.gateway.answering import Answering
 from services.gateway.api import create_api
 from services.gateway.asynchronous import PAUSES, AsyncLimits, AsyncPredictions
 from services.gateway.batching import BatchLimits
@@ -37,6 +36,7 @@ from services.gateway.metrics import MetricsDoor, SharedMetrics
 from services.gateway.operations import Operations
 from services.gateway.patience import PatientRunner
 from services.gateway.predictions import Handler, Read
+from services.gateway.readiness import Readiness
 from services.gateway.recorder import ledger_directory, recorder_from_settings
 from services.gateway.rpc.server import GrpcServer, methods
 from services.gateway.server import HttpServer
@@ -155,7 +155,7 @@ def build(
             pauses=Retry(settings.webhook_first_pause_s, longest_s=_LONGEST_WEBHOOK_PAUSE_S),
             grace_s=_WEBHOOK_GRACE_S,
         ),
-        *([Answering(catalog, pool, settings.process.home / "run" / reports.ENDPOINTS_FILE)] if PROCESS.worker in ("", "0") else []),
+        *([Readiness(catalog, pool, settings.process.home / "run" / reports.ENDPOINTS_FILE)] if PROCESS.worker in ("", "0") else []),
         *([grpc] if grpc is not None else []),
         server,
     )

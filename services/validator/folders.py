@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from libs.artifacts.manifest import Manifest
+from libs.requirement_lines import lines_of, without_mlflow
 from schemas.validation import Finding
 from services.validator.formats import MODEL_SUFFIXES
 from services.validator.rules import rejection
 
-_MLFLOW = re.compile(r"mlflow(-skinny|-tracing)?\s*($|[\[=<>!~;@ ])", re.IGNORECASE)
 _IMPORT = re.compile(rb"^\s*(?:import|from)\s+([A-Za-z_]\w*)", re.MULTILINE)
 _MOST_SHOWN = 5
 _MAX_TEXT_BYTES = 1 << 20
@@ -55,8 +55,7 @@ def mlflow_requirements(files: Unpacked) -> tuple[str, ...] | None:
         return None
     with (folder / "requirements.txt").open("rb") as file:
         text = file.read(_MAX_TEXT_BYTES).decode("utf-8", "replace")
-    lines = (line.split(" #")[0].strip() for line in text.splitlines())
-    return tuple(line for line in lines if line and not line.startswith("#") and not _MLFLOW.match(line))
+    return tuple(without_mlflow(lines_of(text)))
 
 
 def modules(paths: Sequence[str]) -> frozenset[str]:

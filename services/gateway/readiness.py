@@ -26,7 +26,7 @@ _PING_S = 2.0
 _SERVING = (DeploymentStatus.READY, DeploymentStatus.DEGRADED)
 
 
-class Answering:
+class Readiness:
     """Asks the runners of all endpoints whether they answer; a component.
 
     The log says which runners there were when serving last looked. After a restart those are gone, so each is asked.

@@ -7,14 +7,14 @@ import pytest
 from libs import reports
 from libs.reports import EndpointReport
 from schemas.serving import DeploymentFailed
-from services.gateway import answering
+from services.gateway import readiness
 from tests.unit.gateway.conftest import World
 
 
 @pytest.fixture(autouse=True)
 def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "LOOK_S", 0.01)
-    monkeypatch.setattr(answering, "SETTLED_S", 0.05)
+    monkeypatch.setattr(readiness, "LOOK_S", 0.01)
+    monkeypatch.setattr(readiness, "SETTLED_S", 0.05)
 
 
 def path_of(world: World) -> Path:
@@ -70,6 +70,6 @@ async def test_a_pending_deployment_is_awaited_and_a_failed_one_is_not(world: Wo
 async def test_what_was_said_goes_with_the_gateway(world: World) -> None:
     await world.deployed(0.0)
     await told(world, lambda each: each.is_ready)
-    (component,) = (each for each in world.gateway.components if isinstance(each, answering.Answering))
+    (component,) = (each for each in world.gateway.components if isinstance(each, readiness.Readiness))
     await component.stop()
     assert reports.read_endpoints(path_of(world)) is None
