@@ -11,6 +11,7 @@ KIP-447, "Producer scalability for exactly once semantics"; KIP-345, static memb
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,11 @@ are written behind them, are hidden from ``read_committed`` readers."""
 COMMIT_TIMEOUT_S = 30.0
 """A transaction that has not ended by then is in doubt, and so are the clients in whose hands it is."""
 
+AFTER_OUTAGE_S = 60.0
+"""For so long after its broker was away a member that is fenced may have been fenced by its own past: a broker that was killed can know
+another generation of the group than its members do. It comes back under its name; if another process has that by now, one of the two is
+fenced again."""
+
 _CALL_TIMEOUT_S = 20.0
 _CLOSE_S = 5.0
 _LAG_TIMEOUT_S = 5.0
@@ -52,6 +58,8 @@ _PASSING = frozenset(
     }
 )
 """What a consumer says of itself while it recovers by itself."""
+
+_AWAY = (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT)
 
 
 class KafkaStreamLog:
@@ -82,6 +90,7 @@ class KafkaStreamLog:
         self._taken_to: dict[int, int] = {}
         self._committed: dict[int, int] = {}
         self._fatal: KafkaError | None = None
+        self._away_s = -math.inf
         self._undelivered: KafkaError | None = None
         self._transactions = {
             outcome: metrics.counter(STREAM_TRANSACTIONS, endpoint_name, outcome) for outcome in ("committed", "aborted", "doubtful")
@@ -365,7 +374,7 @@ class KafkaStreamLog:
         """Raise when the client has said that it cannot go on."""
         if self._fatal is None:
             return
-        if _is_superseded(self._fatal):
+        if _is_superseded(self._fatal) and time.monotonic() - self._away_s > AFTER_OUTAGE_S:
             raise SupersededError(
                 f"another process with KAFKA_GROUP_INSTANCE={self._settings.group_instance} has taken over {self._topic}; "
                 "each process of a group needs a name of its own"
@@ -373,6 +382,8 @@ class KafkaStreamLog:
         raise _lost(f"reading {self._topic}", self._fatal)
 
     def _on_error(self, error: KafkaError) -> None:
+        if error.code() in _AWAY:
+            self._away_s = time.monotonic()
         if error.fatal() and self._fatal is None:
             self._fatal = error
         else:
